@@ -6,27 +6,27 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tokenizer import BASE_TOKENS, VOCAB_SIZE
+from tokenizer import rows as model_rows
 
 TINY_VISION = {"depth": 4, "hidden": 64, "heads": 4, "intermediate": 84, "full": [1, 3]}
 SPECS = {
     "tiny": {
-        "name": "tiny", "seed": 139, "dtype": "bf16", "nested": False, "tied": False, "shards": 1, "hidden": 256,
-        "heads": 8, "kv_heads": 2, "sections": [4, 6, 6], "layers": 4, "intermediate": 344, "context": 4096,
+        "name": "tiny", "base_tokens": 2048, "seed": 139, "dtype": "bf16", "nested": False, "tied": False, "shards": 1,
+        "hidden": 256, "heads": 8, "kv_heads": 2, "sections": [4, 6, 6], "layers": 4, "intermediate": 344, "context": 4096,
         "theta": 100.0, "pixels": (3136, 200704), "vision": TINY_VISION, "embed": 1.0, "head": 1.5, "near_ties": False},
     "tiny-nested": {
-        "name": "tiny-nested", "seed": 2, "dtype": "f32", "nested": True, "tied": True, "shards": 3, "hidden": 224,
-        "heads": 14, "kv_heads": 2, "sections": [2, 3, 3], "layers": 3, "intermediate": 304, "context": 4096,
+        "name": "tiny-nested", "base_tokens": 1024, "seed": 13, "dtype": "f32", "nested": True, "tied": True, "shards": 3,
+        "hidden": 224, "heads": 14, "kv_heads": 2, "sections": [2, 3, 3], "layers": 3, "intermediate": 304, "context": 4096,
         "theta": 50.0, "pixels": (3136, 401408), "embed": 0.025, "head": 0.025, "near_ties": False,
         "vision": {"depth": 2, "hidden": 48, "heads": 4, "intermediate": 68, "full": [1]}},
     "real-heads": {
-        "name": "real-heads", "seed": 34, "dtype": "bf16", "nested": False, "tied": False, "shards": 1, "hidden": 256,
-        "heads": 2, "kv_heads": 1, "sections": [16, 24, 24], "layers": 2, "intermediate": 172, "context": 4096,
+        "name": "real-heads", "base_tokens": 1024, "seed": 50, "dtype": "bf16", "nested": False, "tied": False, "shards": 1,
+        "hidden": 256, "heads": 2, "kv_heads": 1, "sections": [16, 24, 24], "layers": 2, "intermediate": 172, "context": 4096,
         "theta": 1000000.0, "pixels": (3136, 12845056), "embed": 1.0, "head": 1.5, "near_ties": False,
         "vision": {"depth": 2, "hidden": 160, "heads": 2, "intermediate": 212, "full": [1]}},
     "small-margin": {
-        "name": "small-margin", "seed": 24, "dtype": "bf16", "nested": False, "tied": False, "shards": 1, "hidden": 256,
-        "heads": 8, "kv_heads": 2, "sections": [4, 6, 6], "layers": 2, "intermediate": 344, "context": 4096,
+        "name": "small-margin", "base_tokens": 1024, "seed": 11, "dtype": "bf16", "nested": False, "tied": False, "shards": 1,
+        "hidden": 256, "heads": 8, "kv_heads": 2, "sections": [4, 6, 6], "layers": 2, "intermediate": 344, "context": 4096,
         "theta": 100.0, "pixels": (3136, 200704), "embed": 1.0, "head": 1.5, "near_ties": True,
         "vision": TINY_VISION | {"depth": 2, "full": [1]}},
 }
@@ -50,12 +50,13 @@ class Draw:
 def loud_ids(tokenizer: dict) -> list[int]:
     """Ids of word-like tokens; only these compete in greedy decoding, never an added token or a padded row."""
     words = [i for t, i in tokenizer["model"]["vocab"].items() if t.lstrip("Ġ").isascii() and
-             t.lstrip("Ġ").isalpha() and len(t) >= 3 and i < BASE_TOKENS]
+             t.lstrip("Ġ").isalpha() and len(t) >= 3]
     return words[:: max(1, len(words) // LOUD_TOKENS)][:LOUD_TOKENS]
 
 
 def head_rows(draw: Draw, spec: dict, loud: list[int]) -> torch.Tensor:
-    rows = draw.normal(VOCAB_SIZE, spec["hidden"], std=spec["head"] / (1 if spec["tied"] else spec["hidden"] ** 0.5))
+    std = spec["head"] / (1 if spec["tied"] else spec["hidden"] ** 0.5)
+    rows = draw.normal(model_rows(spec["base_tokens"]), spec["hidden"], std=std)
     rows[loud] *= LOUDNESS
     if spec["near_ties"]:
         rows = rows.to(torch.bfloat16)
@@ -71,7 +72,8 @@ def text_tensors(draw: Draw, spec: dict, loud: list[int]) -> dict:
     h, dim = spec["hidden"], spec["hidden"] // spec["heads"]
     q, kv, inner = spec["heads"] * dim, spec["kv_heads"] * dim, spec["intermediate"]
     head = head_rows(draw, spec, loud)
-    out = {"model.embed_tokens.weight": head if spec["tied"] else draw.normal(VOCAB_SIZE, h, std=spec["embed"])}
+    embed = head if spec["tied"] else draw.normal(*head.shape, std=spec["embed"])
+    out = {"model.embed_tokens.weight": embed}
     for i in range(spec["layers"]):
         p = f"model.layers.{i}."
         out[p + "input_layernorm.weight"] = draw.norm(h)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pixels
 import template
-from tokenizer import VOCAB_SIZE
+import tokenizer
 
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
@@ -28,7 +28,7 @@ def text_fields(spec: dict, ids: dict) -> dict:
         "sliding_window": 32768,
         "use_cache": True,
         "use_sliding_window": False,
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": tokenizer.rows(spec["base_tokens"]),
     }
 
 

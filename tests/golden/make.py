@@ -26,8 +26,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     wanted = args.only or [*checkpoints.SPECS, "media", "decoding", "tables"]
-    tok = trimmed.trim(args.tokenizer / "tokenizer.json")
-    ids = trimmed.added_ids(tok)
     media_dir = args.out / "media"
     if "media" in wanted:
         media.write(media_dir)
@@ -36,6 +34,8 @@ def main() -> None:
     for name, spec in checkpoints.SPECS.items():
         if name not in wanted:
             continue
+        tok = trimmed.trim(args.tokenizer / "tokenizer.json", spec["base_tokens"])
+        ids = trimmed.added_ids(tok)
         directory = args.out / name
         directory.mkdir(parents=True, exist_ok=True)
         trimmed.write(directory, tok, args.tokenizer / "README.md")
@@ -51,7 +51,8 @@ def main() -> None:
                 "distinct": len(set(record["greedy_tokens"])), "positions": record["hf_positions"][:7],
                 "text": record["greedy_text"][:60]}, ensure_ascii=False))
     if "tables" in wanted:
-        tables.write(args.out, tok)
+        base = checkpoints.SPECS["tiny"]["base_tokens"]
+        tables.write(args.out, trimmed.trim(args.tokenizer / "tokenizer.json", base))
 
 
 if __name__ == "__main__":

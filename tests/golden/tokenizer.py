@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
-BASE_TOKENS = 2048
-VOCAB_SIZE = 2176  # 2048 base + 22 added + 106 padded rows without a token
+ADDED, PADDING = 22, 106  # added tokens, then rows of the model without a token
+
+
+def rows(base: int) -> int:
+    return base + ADDED + PADDING
+
 
 TRIM_NOTE = """
 ## How this copy was trimmed
@@ -17,17 +21,17 @@ TRIM_NOTE = """
 """
 
 
-def trim(source: Path) -> dict:
+def trim(source: Path, base: int) -> dict:
     full = json.loads(source.read_text(encoding="utf-8"))
     model = full["model"]
-    vocab = {t: i for t, i in sorted(model["vocab"].items(), key=lambda kv: kv[1]) if i < BASE_TOKENS}
+    vocab = {t: i for t, i in sorted(model["vocab"].items(), key=lambda kv: kv[1]) if i < base}
     merges = [m for m in model["merges"] if m[0] in vocab and m[1] in vocab and m[0] + m[1] in vocab]
-    assert sorted(vocab.values()) == list(range(BASE_TOKENS))
-    assert len(merges) == BASE_TOKENS - 256
+    assert sorted(vocab.values()) == list(range(base))
+    assert len(merges) == base - 256
     model["vocab"], model["merges"] = vocab, merges
     for offset, token in enumerate(full["added_tokens"]):
-        token["id"] = BASE_TOKENS + offset
-    assert len(full["added_tokens"]) == 22
+        token["id"] = base + offset
+    assert len(full["added_tokens"]) == ADDED
     return full
 
 
@@ -59,10 +63,11 @@ def tokenizer_config(tokenizer: dict) -> dict:
 
 
 def note(source_readme: Path, tokenizer: dict) -> str:
-    last = BASE_TOKENS + len(tokenizer["added_tokens"]) - 1
+    base = len(tokenizer["model"]["vocab"])
+    last = base + ADDED - 1
     return source_readme.read_text(encoding="utf-8").rstrip() + "\n" + TRIM_NOTE.format(
-        base=BASE_TOKENS, merges=len(tokenizer["model"]["merges"]), first=BASE_TOKENS, last=last,
-        vocab=VOCAB_SIZE, pad=last + 1, top=VOCAB_SIZE - 1)
+        base=base, merges=len(tokenizer["model"]["merges"]), first=base, last=last,
+        vocab=rows(base), pad=last + 1, top=rows(base) - 1)
 
 
 def write(directory: Path, tokenizer: dict, source_readme: Path) -> None:
