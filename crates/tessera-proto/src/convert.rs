@@ -34,19 +34,13 @@ impl From<ConvertError> for tonic::Status {
             ConvertError::Prompt(_) => "prompt",
             ConvertError::Sampling(source) => source.field(),
         };
-        crate::ErrorReason::InvalidArgument
-            .status(error.to_string())
-            .field(field)
-            .into()
+        crate::ErrorReason::InvalidArgument.status(error.to_string()).field(field).into()
     }
 }
 
 /// Reads a 32-byte hash field.
 pub fn hash_from_bytes(bytes: &[u8], field: &'static str) -> Result<Hash256, ConvertError> {
-    Hash256::from_slice(bytes).ok_or(ConvertError::Hash {
-        field,
-        length: bytes.len(),
-    })
+    Hash256::from_slice(bytes).ok_or(ConvertError::Hash { field, length: bytes.len() })
 }
 
 /// A hash as a bytes field.
@@ -79,10 +73,7 @@ impl TryFrom<common::FinishReason> for FinishReason {
     fn try_from(reason: common::FinishReason) -> Result<Self, ConvertError> {
         Ok(match reason {
             common::FinishReason::Unspecified => {
-                return Err(ConvertError::Enum {
-                    field: "finish_reason",
-                    value: 0,
-                });
+                return Err(ConvertError::Enum { field: "finish_reason", value: 0 });
             }
             common::FinishReason::EndOfSequence => Self::EndOfSequence,
             common::FinishReason::StopToken => Self::StopToken,
@@ -111,10 +102,9 @@ impl TryFrom<common::MediaKind> for MediaKind {
         match kind {
             common::MediaKind::Image => Ok(Self::Image),
             common::MediaKind::Video => Ok(Self::Video),
-            common::MediaKind::Unspecified => Err(ConvertError::Enum {
-                field: "media kind",
-                value: 0,
-            }),
+            common::MediaKind::Unspecified => {
+                Err(ConvertError::Enum { field: "media kind", value: 0 })
+            }
         }
     }
 }
@@ -145,15 +135,8 @@ impl From<&TokenLogprobs> for common::PositionLogprobs {
 
 impl From<&common::PositionLogprobs> for TokenLogprobs {
     fn from(logprobs: &common::PositionLogprobs) -> Self {
-        let top = logprobs
-            .top
-            .iter()
-            .map(|entry| (entry.token_id, entry.logprob))
-            .collect();
-        Self {
-            logprob: logprobs.logprob,
-            top,
-        }
+        let top = logprobs.top.iter().map(|entry| (entry.token_id, entry.logprob)).collect();
+        Self { logprob: logprobs.logprob, top }
     }
 }
 
@@ -192,11 +175,7 @@ impl TryFrom<&decoder::Sampling> for SamplingParams {
             repetition_penalty: sampling.repetition_penalty,
             presence_penalty: sampling.presence_penalty,
             frequency_penalty: sampling.frequency_penalty,
-            logit_bias: sampling
-                .logit_bias
-                .iter()
-                .map(|b| (b.token_id, b.bias))
-                .collect(),
+            logit_bias: sampling.logit_bias.iter().map(|b| (b.token_id, b.bias)).collect(),
             max_tokens: sampling.max_tokens,
             min_tokens: sampling.min_tokens,
             stop_token_ids: sampling.stop_token_ids.clone(),
@@ -243,21 +222,10 @@ impl TryFrom<&decoder::Prompt> for Prompt {
     type Error = ConvertError;
 
     fn try_from(prompt: &decoder::Prompt) -> Result<Self, ConvertError> {
-        let media = prompt
-            .media
-            .iter()
-            .map(media_span_from)
-            .collect::<Result<_, _>>()?;
-        let positions = prompt
-            .positions
-            .iter()
-            .map(position_span_from)
-            .collect::<Result<_, _>>()?;
-        let prompt = Self {
-            tokens: prompt.token_ids.clone(),
-            media,
-            positions,
-        };
+        let media = prompt.media.iter().map(media_span_from).collect::<Result<_, _>>()?;
+        let positions =
+            prompt.positions.iter().map(position_span_from).collect::<Result<_, _>>()?;
+        let prompt = Self { tokens: prompt.token_ids.clone(), media, positions };
         prompt.validate()?;
         Ok(prompt)
     }

@@ -20,10 +20,7 @@ impl From<&StepPlan> for decoder::Plan {
             admitted: plan.admitted.iter().map(admitted).collect(),
             zero_blocks: ids(&plan.zero_blocks),
             copy_blocks: copies
-                .map(|copy| decoder::BlockCopy {
-                    from: copy.from.0,
-                    to: copy.to.0,
-                })
+                .map(|copy| decoder::BlockCopy { from: copy.from.0, to: copy.to.0 })
                 .collect(),
             scheduled: plan.scheduled.iter().map(scheduled).collect(),
             table_digest: plan.table_digest,
@@ -67,17 +64,10 @@ impl TryFrom<&decoder::Plan> for StepPlan {
             epoch: Epoch(plan.epoch),
             step: StepId(plan.step),
             released: plan.released.iter().copied().map(SequenceSlot).collect(),
-            admitted: plan
-                .admitted
-                .iter()
-                .map(admitted_from)
-                .collect::<Result<_, _>>()?,
+            admitted: plan.admitted.iter().map(admitted_from).collect::<Result<_, _>>()?,
             zero_blocks: blocks(&plan.zero_blocks),
             copy_blocks: copies
-                .map(|copy| BlockCopy {
-                    from: BlockId(copy.from),
-                    to: BlockId(copy.to),
-                })
+                .map(|copy| BlockCopy { from: BlockId(copy.from), to: BlockId(copy.to) })
                 .collect(),
             scheduled: plan.scheduled.iter().map(scheduled_from).collect(),
             table_digest: plan.table_digest,
@@ -122,10 +112,7 @@ impl decoder::Late {
             epoch: epoch.0,
             step: step.0,
             masks: masks
-                .map(|(slot, mask)| decoder::SlotMask {
-                    slot: slot.0,
-                    words: mask.words.to_vec(),
-                })
+                .map(|(slot, mask)| decoder::SlotMask { slot: slot.0, words: mask.words.to_vec() })
                 .collect(),
         }
     }
@@ -136,12 +123,7 @@ impl decoder::Late {
         LateInputs {
             masks: masks
                 .map(|mask| {
-                    (
-                        SequenceSlot(mask.slot),
-                        TokenMask {
-                            words: mask.words.as_slice().into(),
-                        },
-                    )
+                    (SequenceSlot(mask.slot), TokenMask { words: mask.words.as_slice().into() })
                 })
                 .collect(),
         }
@@ -170,12 +152,7 @@ mod tests {
             }],
             positions: vec![
                 PositionSpan::Text { len: 2 },
-                PositionSpan::Grid {
-                    t: 2,
-                    h: 1,
-                    w: 2,
-                    step: 5.714,
-                },
+                PositionSpan::Grid { t: 2, h: 1, w: 2, step: 5.714 },
                 PositionSpan::Text { len: 3 },
             ],
         };
@@ -201,10 +178,7 @@ mod tests {
                 block_table: vec![BlockId(8)],
             }],
             zero_blocks: vec![BlockId(1)],
-            copy_blocks: vec![BlockCopy {
-                from: BlockId(1),
-                to: BlockId(2),
-            }],
+            copy_blocks: vec![BlockCopy { from: BlockId(1), to: BlockId(2) }],
             scheduled: vec![ScheduledSequence {
                 slot: SequenceSlot(2),
                 num_tokens: 7,
@@ -227,9 +201,6 @@ mod tests {
         );
         wire.admitted[0].prompt = Some(decoder::Prompt::default());
         wire.admitted[0].sampling = Some(decoder::Sampling::default());
-        assert!(matches!(
-            StepPlan::try_from(&wire),
-            Err(ConvertError::Prompt(_))
-        ));
+        assert!(matches!(StepPlan::try_from(&wire), Err(ConvertError::Prompt(_))));
     }
 }

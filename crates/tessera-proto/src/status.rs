@@ -53,96 +53,28 @@ pub enum ErrorReason {
 
 impl ErrorReason {
     const ALL: [(Self, &'static str, Code, bool); 18] = [
-        (
-            Self::InvalidArgument,
-            "INVALID_ARGUMENT",
-            Code::InvalidArgument,
-            false,
-        ),
-        (
-            Self::InvalidMedia,
-            "INVALID_MEDIA",
-            Code::InvalidArgument,
-            false,
-        ),
-        (
-            Self::MediaUrlRefused,
-            "MEDIA_URL_REFUSED",
-            Code::InvalidArgument,
-            false,
-        ),
-        (
-            Self::PromptTooLong,
-            "PROMPT_TOO_LONG",
-            Code::InvalidArgument,
-            false,
-        ),
-        (
-            Self::RequestTooLarge,
-            "REQUEST_TOO_LARGE",
-            Code::InvalidArgument,
-            false,
-        ),
-        (
-            Self::Unsupported,
-            "UNSUPPORTED",
-            Code::InvalidArgument,
-            false,
-        ),
-        (
-            Self::ModelNotFound,
-            "MODEL_NOT_FOUND",
-            Code::NotFound,
-            false,
-        ),
-        (
-            Self::MediaNotFound,
-            "MEDIA_NOT_FOUND",
-            Code::NotFound,
-            false,
-        ),
-        (
-            Self::Overloaded,
-            "OVERLOADED",
-            Code::ResourceExhausted,
-            true,
-        ),
+        (Self::InvalidArgument, "INVALID_ARGUMENT", Code::InvalidArgument, false),
+        (Self::InvalidMedia, "INVALID_MEDIA", Code::InvalidArgument, false),
+        (Self::MediaUrlRefused, "MEDIA_URL_REFUSED", Code::InvalidArgument, false),
+        (Self::PromptTooLong, "PROMPT_TOO_LONG", Code::InvalidArgument, false),
+        (Self::RequestTooLarge, "REQUEST_TOO_LARGE", Code::InvalidArgument, false),
+        (Self::Unsupported, "UNSUPPORTED", Code::InvalidArgument, false),
+        (Self::ModelNotFound, "MODEL_NOT_FOUND", Code::NotFound, false),
+        (Self::MediaNotFound, "MEDIA_NOT_FOUND", Code::NotFound, false),
+        (Self::Overloaded, "OVERLOADED", Code::ResourceExhausted, true),
         (Self::NotReady, "NOT_READY", Code::Unavailable, true),
         (Self::GroupLost, "GROUP_LOST", Code::Unavailable, true),
-        (
-            Self::EncoderFailed,
-            "ENCODER_FAILED",
-            Code::Unavailable,
-            true,
-        ),
-        (
-            Self::StaleEpoch,
-            "STALE_EPOCH",
-            Code::FailedPrecondition,
-            true,
-        ),
-        (
-            Self::ModelMismatch,
-            "MODEL_MISMATCH",
-            Code::FailedPrecondition,
-            false,
-        ),
+        (Self::EncoderFailed, "ENCODER_FAILED", Code::Unavailable, true),
+        (Self::StaleEpoch, "STALE_EPOCH", Code::FailedPrecondition, true),
+        (Self::ModelMismatch, "MODEL_MISMATCH", Code::FailedPrecondition, false),
         (Self::Draining, "DRAINING", Code::Unavailable, true),
-        (
-            Self::DeadlineExceeded,
-            "DEADLINE_EXCEEDED",
-            Code::DeadlineExceeded,
-            false,
-        ),
+        (Self::DeadlineExceeded, "DEADLINE_EXCEEDED", Code::DeadlineExceeded, false),
         (Self::Cancelled, "CANCELLED", Code::Cancelled, false),
         (Self::Internal, "INTERNAL", Code::Internal, false),
     ];
 
     fn row(self) -> &'static (Self, &'static str, Code, bool) {
-        Self::ALL
-            .iter()
-            .find(|row| row.0 == self)
-            .expect("every reason has a row")
+        Self::ALL.iter().find(|row| row.0 == self).expect("every reason has a row")
     }
 
     /// Name on the wire.
@@ -168,17 +100,9 @@ impl ErrorReason {
     /// Starts a status of this reason.
     pub fn status(self, message: impl Into<String>) -> StatusBuilder {
         let (_, name, _, retryable) = *self.row();
-        let detail = ErrorDetail {
-            reason: name.into(),
-            field: String::new(),
-            retryable,
-            retry_after_ms: 0,
-        };
-        StatusBuilder {
-            code: self.code(),
-            message: message.into(),
-            detail,
-        }
+        let detail =
+            ErrorDetail { reason: name.into(), field: String::new(), retryable, retry_after_ms: 0 };
+        StatusBuilder { code: self.code(), message: message.into(), detail }
     }
 }
 
@@ -235,10 +159,7 @@ impl From<StatusBuilder> for Status {
 /// The typed detail of a status, if it carries one.
 pub fn error_detail(status: &Status) -> Option<ErrorDetail> {
     let rpc = RpcStatus::decode(status.details()).ok()?;
-    let any = rpc
-        .details
-        .iter()
-        .find(|any| any.type_url == DETAIL_TYPE_URL)?;
+    let any = rpc.details.iter().find(|any| any.type_url == DETAIL_TYPE_URL)?;
     ErrorDetail::decode(any.value.as_slice()).ok()
 }
 
@@ -255,16 +176,9 @@ mod tests {
             .into();
         assert_eq!(status.code(), Code::ResourceExhausted);
         let detail = error_detail(&status).expect("a detail");
+        assert_eq!(ErrorReason::from_name(&detail.reason), Some(ErrorReason::Overloaded));
         assert_eq!(
-            ErrorReason::from_name(&detail.reason),
-            Some(ErrorReason::Overloaded)
-        );
-        assert_eq!(
-            (
-                detail.field.as_str(),
-                detail.retryable,
-                detail.retry_after_ms
-            ),
+            (detail.field.as_str(), detail.retryable, detail.retry_after_ms),
             ("messages", true, 250)
         );
         assert_eq!(error_detail(&Status::internal("plain")), None);

@@ -31,9 +31,7 @@ impl fmt::Display for Hash256 {
 impl fmt::Debug for Hash256 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Eight digits identify a hash in a log; the whole of it is in Display.
-        self.0[..4]
-            .iter()
-            .try_for_each(|byte| write!(f, "{byte:02x}"))?;
+        self.0[..4].iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
         f.write_str("…")
     }
 }
@@ -49,9 +47,7 @@ impl FromStr for Hash256 {
     type Err = ParseHashError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let error = || ParseHashError {
-            length: text.chars().count(),
-        };
+        let error = || ParseHashError { length: text.chars().count() };
         if text.len() != 64 || !text.is_ascii() {
             return Err(error());
         }
@@ -137,14 +133,8 @@ mod tests {
 
     #[test]
     fn a_malformed_hash_is_refused() {
-        for text in [
-            "",
-            "00",
-            &"g".repeat(64),
-            &"0".repeat(63),
-            &"0".repeat(65),
-            &"é".repeat(32),
-        ] {
+        for text in ["", "00", &"g".repeat(64), &"0".repeat(63), &"0".repeat(65), &"é".repeat(32)]
+        {
             assert!(text.parse::<Hash256>().is_err(), "{text:?} parsed");
         }
     }

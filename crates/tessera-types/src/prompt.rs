@@ -120,12 +120,7 @@ pub enum PromptError {
     #[error(
         "media item {item} spans tokens {offset}..{end} of {tokens}, or overlaps the item before it"
     )]
-    MediaOutOfOrder {
-        item: u32,
-        offset: u32,
-        end: u64,
-        tokens: usize,
-    },
+    MediaOutOfOrder { item: u32, offset: u32, end: u64, tokens: usize },
     #[error("a position span has an invalid time step")]
     InvalidStep,
 }
@@ -144,17 +139,12 @@ impl Prompt {
                     if !step.is_finite() || step < 0.0 {
                         return Err(PromptError::InvalidStep);
                     }
-                    u64::from(t)
-                        .saturating_mul(u64::from(h))
-                        .saturating_mul(u64::from(w))
+                    u64::from(t).saturating_mul(u64::from(h)).saturating_mul(u64::from(w))
                 }
             };
         }
         if covered != self.tokens.len() as u64 {
-            return Err(PromptError::PositionsDisagree {
-                covered,
-                tokens: self.tokens.len(),
-            });
+            return Err(PromptError::PositionsDisagree { covered, tokens: self.tokens.len() });
         }
         let mut free_from = 0u64;
         for span in &self.media {
@@ -224,11 +214,7 @@ mod tests {
 
     fn prompt(positions: Vec<PositionSpan>) -> Prompt {
         let len: u32 = positions.iter().map(|span| span.num_tokens()).sum();
-        Prompt {
-            tokens: vec![7; len as usize],
-            media: Vec::new(),
-            positions,
-        }
+        Prompt { tokens: vec![7; len as usize], media: Vec::new(), positions }
     }
 
     fn positions(prompt: &Prompt, start: usize, end: usize) -> Vec<[i32; 3]> {
@@ -241,26 +227,11 @@ mod tests {
     fn text_after_an_image_continues_at_the_largest_axis_plus_one() {
         let prompt = prompt(vec![
             PositionSpan::Text { len: 2 },
-            PositionSpan::Grid {
-                t: 1,
-                h: 2,
-                w: 3,
-                step: 0.0,
-            },
+            PositionSpan::Grid { t: 1, h: 2, w: 3, step: 0.0 },
             PositionSpan::Text { len: 1 },
         ]);
         let all = positions(&prompt, 0, 11);
-        assert_eq!(
-            all[2..8],
-            [
-                [2, 2, 2],
-                [2, 2, 3],
-                [2, 2, 4],
-                [2, 3, 2],
-                [2, 3, 3],
-                [2, 3, 4]
-            ]
-        );
+        assert_eq!(all[2..8], [[2, 2, 2], [2, 2, 3], [2, 2, 4], [2, 3, 2], [2, 3, 3], [2, 3, 4]]);
         assert_eq!(all[8..], [[5; 3], [6; 3], [7; 3]]);
         assert_eq!(prompt.rope_delta(), 6 - 9);
     }
@@ -270,19 +241,11 @@ mod tests {
         // 3 groups, 2 / 0.7 s each at 2 tokens per second: T = 0, 5, 11.
         let step = (2.0f64 / 0.7 * 2.0) as f32;
         let prompt = prompt(vec![
-            PositionSpan::Grid {
-                t: 3,
-                h: 1,
-                w: 2,
-                step,
-            },
+            PositionSpan::Grid { t: 3, h: 1, w: 2, step },
             PositionSpan::Text { len: 1 },
         ]);
         let all = positions(&prompt, 0, 7);
-        assert_eq!(
-            all.iter().map(|p| p[0]).collect::<Vec<_>>(),
-            [0, 0, 5, 5, 11, 11, 12]
-        );
+        assert_eq!(all.iter().map(|p| p[0]).collect::<Vec<_>>(), [0, 0, 5, 5, 11, 11, 12]);
         assert_eq!(prompt.rope_delta(), 13 - 7);
     }
 
@@ -290,19 +253,9 @@ mod tests {
     fn any_cut_gives_the_same_positions() {
         let prompt = prompt(vec![
             PositionSpan::Text { len: 3 },
-            PositionSpan::Grid {
-                t: 2,
-                h: 2,
-                w: 2,
-                step: 3.3,
-            },
+            PositionSpan::Grid { t: 2, h: 2, w: 2, step: 3.3 },
             PositionSpan::Text { len: 2 },
-            PositionSpan::Grid {
-                t: 1,
-                h: 4,
-                w: 1,
-                step: 0.0,
-            },
+            PositionSpan::Grid { t: 1, h: 4, w: 1, step: 0.0 },
         ]);
         let whole = positions(&prompt, 0, 24);
         for cut in 0..24 {
@@ -316,10 +269,7 @@ mod tests {
     fn contradictions_are_refused() {
         let mut bad = prompt(vec![PositionSpan::Text { len: 3 }]);
         bad.tokens.push(1);
-        assert!(matches!(
-            bad.validate(),
-            Err(PromptError::PositionsDisagree { covered: 3, .. })
-        ));
+        assert!(matches!(bad.validate(), Err(PromptError::PositionsDisagree { covered: 3, .. })));
         assert_eq!(Prompt::default().validate(), Err(PromptError::Empty));
         let huge = Prompt {
             tokens: vec![1],

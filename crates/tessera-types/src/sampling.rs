@@ -69,17 +69,9 @@ impl Default for SamplingParams {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SamplingError {
     #[error("{field} must be {range}, got {value}")]
-    OutOfRange {
-        field: &'static str,
-        range: &'static str,
-        value: f64,
-    },
+    OutOfRange { field: &'static str, range: &'static str, value: f64 },
     #[error("{field} takes at most {limit} entries, got {got}")]
-    TooMany {
-        field: &'static str,
-        limit: usize,
-        got: usize,
-    },
+    TooMany { field: &'static str, limit: usize, got: usize },
     #[error("min_tokens {min_tokens} is larger than max_tokens {max_tokens}")]
     MinAboveMax { min_tokens: u32, max_tokens: u32 },
 }
@@ -111,95 +103,35 @@ impl SamplingParams {
     pub fn validate(&self) -> Result<(), SamplingError> {
         let check = |ok: bool, field, range, value: f32| match ok {
             true => Ok(()),
-            false => Err(SamplingError::OutOfRange {
-                field,
-                range,
-                value: f64::from(value),
-            }),
+            false => Err(SamplingError::OutOfRange { field, range, value: f64::from(value) }),
         };
         let within = |value: f32, low: f32, high: f32| value >= low && value <= high;
-        check(
-            within(self.temperature, 0.0, 2.0),
-            "temperature",
-            "in [0, 2]",
-            self.temperature,
-        )?;
-        check(
-            self.top_p > 0.0 && self.top_p <= 1.0,
-            "top_p",
-            "in (0, 1]",
-            self.top_p,
-        )?;
-        check(
-            within(self.min_p, 0.0, 1.0),
-            "min_p",
-            "in [0, 1]",
-            self.min_p,
-        )?;
+        check(within(self.temperature, 0.0, 2.0), "temperature", "in [0, 2]", self.temperature)?;
+        check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)?;
+        check(within(self.min_p, 0.0, 1.0), "min_p", "in [0, 1]", self.min_p)?;
         let penalty = self.repetition_penalty;
-        check(
-            penalty > 0.0 && penalty <= 2.0,
-            "repetition_penalty",
-            "in (0, 2]",
-            penalty,
-        )?;
+        check(penalty > 0.0 && penalty <= 2.0, "repetition_penalty", "in (0, 2]", penalty)?;
         let presence = self.presence_penalty;
-        check(
-            within(presence, -2.0, 2.0),
-            "presence_penalty",
-            "in [-2, 2]",
-            presence,
-        )?;
+        check(within(presence, -2.0, 2.0), "presence_penalty", "in [-2, 2]", presence)?;
         let frequency = self.frequency_penalty;
-        check(
-            within(frequency, -2.0, 2.0),
-            "frequency_penalty",
-            "in [-2, 2]",
-            frequency,
-        )?;
+        check(within(frequency, -2.0, 2.0), "frequency_penalty", "in [-2, 2]", frequency)?;
         for &(_, bias) in &self.logit_bias {
-            check(
-                within(bias, -100.0, 100.0),
-                "logit_bias",
-                "in [-100, 100]",
-                bias,
-            )?;
+            check(within(bias, -100.0, 100.0), "logit_bias", "in [-100, 100]", bias)?;
         }
-        check(
-            self.max_tokens >= 1,
-            "max_tokens",
-            "at least 1",
-            self.max_tokens as f32,
-        )?;
+        check(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens as f32)?;
         let top = self.logprobs.unwrap_or(0);
-        check(
-            top <= MAX_TOP_LOGPROBS,
-            "top_logprobs",
-            "in [0, 20]",
-            top as f32,
-        )?;
+        check(top <= MAX_TOP_LOGPROBS, "top_logprobs", "in [0, 20]", top as f32)?;
         if self.stop_token_ids.len() > MAX_STOP_TOKENS {
             let (limit, got) = (MAX_STOP_TOKENS, self.stop_token_ids.len());
-            return Err(SamplingError::TooMany {
-                field: "stop_token_ids",
-                limit,
-                got,
-            });
+            return Err(SamplingError::TooMany { field: "stop_token_ids", limit, got });
         }
         if self.logit_bias.len() > MAX_LOGIT_BIAS {
             let (limit, got) = (MAX_LOGIT_BIAS, self.logit_bias.len());
-            return Err(SamplingError::TooMany {
-                field: "logit_bias",
-                limit,
-                got,
-            });
+            return Err(SamplingError::TooMany { field: "logit_bias", limit, got });
         }
         if self.min_tokens > self.max_tokens {
             let (min_tokens, max_tokens) = (self.min_tokens, self.max_tokens);
-            return Err(SamplingError::MinAboveMax {
-                min_tokens,
-                max_tokens,
-            });
+            return Err(SamplingError::MinAboveMax { min_tokens, max_tokens });
         }
         Ok(())
     }
