@@ -18,6 +18,7 @@ pub mod error;
 pub mod inputs;
 pub mod progress;
 pub mod reference;
+pub mod sampling;
 pub mod weights;
 
 pub use act::{Act, ActKind, DType, SlotId, SlotSpec};

@@ -97,15 +97,14 @@ fn seeds_and_output_indices_draw_differently_and_repeatably() {
     let distinct: std::collections::BTreeSet<_> = tokens.iter().collect();
     assert!(distinct.len() > 40, "{} distinct tokens of 50", distinct.len());
 
-    let mut other = state(&params, &[], &[]);
     let with_seed = |state: &SamplerState, i| {
         process_row(&mut logits.clone(), state, None, i, logits.len()).unwrap().token
     };
-    other = SamplerState::new(&SamplerSequence {
+    let other = SamplerState::new(&SamplerSequence {
         slot: SequenceSlot(0),
         prompt: &[],
         output: &[],
-        params: other.params(),
+        params: &params,
         eos_token_ids: &[],
         seed: 0x5EED + 1,
     });
@@ -200,8 +199,8 @@ fn a_mask_bars_clear_bits_and_all_beyond_it() {
     let mask = |words: &[u64]| TokenMask { words: words.into() };
     let params = SamplingParams::default();
     let state = state(&params, &[], &[]);
-    let mut logits: Vec<f32> = (0..130).map(|i| i as f32).collect();
-    let mut token = |words: &[u64]| {
+    let logits: Vec<f32> = (0..130).map(|i| i as f32).collect();
+    let token = |words: &[u64]| {
         let mask = mask(words);
         process_row(&mut logits.clone(), &state, Some(&mask), 0, 130).map(|draw| draw.token)
     };
@@ -211,7 +210,6 @@ fn a_mask_bars_clear_bits_and_all_beyond_it() {
     assert_eq!(token(&[]), Err(DrawError::NothingAllowed));
     // Bits past the vocabulary mean nothing.
     assert_eq!(token(&[0, 0, !0b11]), Err(DrawError::NothingAllowed));
-    logits.clear();
 }
 
 #[test]
