@@ -1,0 +1,325 @@
+//! The scheduler's state and surface. `schedule.rs` makes plans, `apply.rs` takes their results.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use tessera_types::{
+    Epoch, FinishReason, SequenceId, SequenceSlot, StepId, TokenId, TokenLogprobs,
+};
+
+use crate::block_pool::BlockPool;
+use crate::config::SchedulerConfig;
+use crate::error::{AddError, ConfigError};
+use crate::sequence::{MediaState, OrderKey, Sequence, SequenceRequest, Stage};
+use crate::table::SequenceTable;
+
+/// What happened to a sequence. Collected by [`Scheduler::take_events`] in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SequenceEvent {
+    /// Embeddings of these items are wanted: not covered by the prefix cache, or no longer.
+    MediaNeeded { sequence: SequenceId, items: Vec<u32> },
+    /// The sequence took a slot for the first time.
+    Admitted { sequence: SequenceId, num_cached_tokens: usize },
+    /// A new output token; indices of one sequence follow each other.
+    Token {
+        sequence: SequenceId,
+        output_index: u32,
+        token: TokenId,
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// Nothing follows for this sequence.
+    Finished {
+        sequence: SequenceId,
+        reason: FinishReason,
+        /// Output in all, forced output included.
+        num_output_tokens: u32,
+        /// Prompt tokens found in the prefix cache.
+        num_cached_tokens: u32,
+    },
+}
+
+/// How full the scheduler is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Load {
+    /// Sequences with a slot.
+    pub running: u32,
+    pub waiting: u32,
+    pub num_blocks: u32,
+    pub num_free_blocks: u32,
+    /// Since construction.
+    pub num_preemptions: u64,
+}
+
+/// Where a sequence is kept.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    Waiting(OrderKey),
+    Slot(SequenceSlot),
+}
+
+/// A scheduled step whose output has not come yet.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    pub step: StepId,
+    pub rows: Vec<InFlightRow>,
+}
+
+#[derive(Debug)]
+pub(crate) struct InFlightRow {
+    pub slot: SequenceSlot,
+    /// Tokens computed after the step.
+    pub num_computed: usize,
+    pub sample: bool,
+}
+
+/// Sequences, blocks and steps of one decoder group, over its epochs.
+#[derive(Debug)]
+pub struct Scheduler {
+    pub(crate) config: SchedulerConfig,
+    pub(crate) pool: BlockPool,
+    pub(crate) table: SequenceTable,
+    /// `None` between epochs.
+    pub(crate) epoch: Option<Epoch>,
+    /// Step of the last plan made and of the last output applied.
+    pub(crate) scheduled_step: StepId,
+    pub(crate) applied_step: StepId,
+    pub(crate) in_flight: VecDeque<InFlight>,
+    /// Sequences by slot; the last slot is the reserve's.
+    pub(crate) slots: Vec<Option<Sequence>>,
+    pub(crate) free_slots: Vec<SequenceSlot>,
+    /// Slots in stage `Running`, in order of admission.
+    pub(crate) running: Vec<SequenceSlot>,
+    /// Slots that end or are preempted, waiting for steps in flight.
+    pub(crate) leaving: Vec<SequenceSlot>,
+    /// Slots emptied since the last plan.
+    pub(crate) released: Vec<SequenceSlot>,
+    pub(crate) waiting: BTreeMap<OrderKey, Sequence>,
+    pub(crate) places: HashMap<SequenceId, Place>,
+    pub(crate) events: Vec<SequenceEvent>,
+    pub(crate) num_preemptions: u64,
+}
+
+impl Scheduler {
+    /// A scheduler without an epoch: it refuses sequences until [`Scheduler::begin_epoch`].
+    pub fn new(config: SchedulerConfig) -> Result<Self, ConfigError> {
+        config.validate()?;
+        let num_slots = config.num_slots() as usize;
+        Ok(Self {
+            pool: BlockPool::new(0),
+            table: SequenceTable::new(config.table_limits(0), Epoch(0)),
+            epoch: None,
+            scheduled_step: StepId(0),
+            applied_step: StepId(0),
+            in_flight: VecDeque::new(),
+            slots: (0..num_slots).map(|_| None).collect(),
+            free_slots: Vec::new(),
+            running: Vec::new(),
+            leaving: Vec::new(),
+            released: Vec::new(),
+            waiting: BTreeMap::new(),
+            places: HashMap::new(),
+            events: Vec::new(),
+            num_preemptions: 0,
+            config,
+        })
+    }
+
+    /// The limits given at construction.
+    pub fn config(&self) -> &SchedulerConfig {
+        &self.config
+    }
+
+    /// Begins an epoch with empty blocks, prefix cache and table. Panics if one is running: the caller
+    /// must have taken the sequences of the last one from [`Scheduler::end_epoch`].
+    pub fn begin_epoch(&mut self, epoch: Epoch, num_blocks: u32) {
+        assert!(self.epoch.is_none(), "epoch {epoch} begins before the last one ended");
+        self.pool = BlockPool::new(num_blocks);
+        self.table = SequenceTable::new(self.config.table_limits(num_blocks), epoch);
+        self.scheduled_step = StepId(0);
+        self.applied_step = StepId(0);
+        // Popped from the end: low slots first.
+        self.free_slots = (0..self.config.max_running).rev().map(SequenceSlot).collect();
+        self.epoch = Some(epoch);
+    }
+
+    /// Ends the epoch: drops every sequence and every step in flight. Returns the dropped sequences.
+    pub fn end_epoch(&mut self) -> Vec<SequenceId> {
+        self.epoch = None;
+        self.in_flight.clear();
+        self.slots.iter_mut().for_each(|slot| *slot = None);
+        self.running.clear();
+        self.leaving.clear();
+        self.released.clear();
+        self.waiting.clear();
+        self.events.clear();
+        let mut dropped: Vec<_> = self.places.drain().map(|(sequence, _)| sequence).collect();
+        dropped.sort();
+        dropped
+    }
+
+    /// Queues a sequence. Output that already ends it finishes it at once, without a step.
+    pub fn add(&mut self, request: SequenceRequest) -> Result<(), AddError> {
+        if self.epoch.is_none() {
+            return Err(AddError::NoEpoch);
+        }
+        let max_waiting = self.config.max_waiting;
+        if self.waiting.len() >= max_waiting as usize && !request.use_reserve {
+            return Err(AddError::QueueFull { max_waiting });
+        }
+        let id = request.sequence;
+        if self.places.contains_key(&id) {
+            return Err(AddError::Duplicate { sequence: id });
+        }
+        let ordinary_blocks =
+            self.pool.num_blocks().saturating_sub(self.config.reserved_blocks as usize);
+        let mut sequence = Sequence::new(request, &self.config, ordinary_blocks)?;
+        if let Some(reason) = sequence.forced_stop_reason() {
+            self.events.push(finished(&sequence, reason));
+            return Ok(());
+        }
+        let num_cached = self.prefix_hit(&sequence).len() * self.config.block_size as usize;
+        let items = sequence.take_needed_media(num_cached);
+        if !items.is_empty() {
+            self.events.push(SequenceEvent::MediaNeeded { sequence: id, items });
+        }
+        let order = sequence.order();
+        self.places.insert(id, Place::Waiting(order));
+        self.waiting.insert(order, sequence);
+        Ok(())
+    }
+
+    /// Keeps a waiting sequence from being admitted (its embeddings have no room yet), or lets it go.
+    pub fn set_held(&mut self, sequence: SequenceId, held: bool) {
+        if let Some(sequence) = self.sequence_mut(sequence) {
+            sequence.held = held;
+        }
+    }
+
+    /// The embedding of `item` is in place. `false`: no such sequence or item.
+    pub fn media_arrived(&mut self, sequence: SequenceId, item: u32) -> bool {
+        let Some(sequence) = self.sequence_mut(sequence) else { return false };
+        let spans = sequence.request.prompt.media.iter().zip(&mut sequence.media);
+        let mut found = false;
+        for (_, state) in spans.filter(|(span, _)| span.item == item) {
+            *state = MediaState::Arrived;
+            found = true;
+        }
+        found
+    }
+
+    /// Ends a sequence with `reason` (the client left, the deadline passed). Its blocks are free once no
+    /// step in flight names them. `false`: it is not known, or ended already.
+    pub fn abort(&mut self, sequence: SequenceId, reason: FinishReason) -> bool {
+        let Some(known) = self.sequence_mut(sequence) else { return false };
+        let event = finished(known, reason);
+        self.events.push(event);
+        self.remove(sequence)
+    }
+
+    /// [`Scheduler::abort`] without an event.
+    pub fn remove(&mut self, sequence: SequenceId) -> bool {
+        match self.places.remove(&sequence) {
+            None => false,
+            Some(Place::Waiting(order)) => {
+                self.waiting.remove(&order);
+                true
+            }
+            Some(Place::Slot(slot)) => {
+                self.leave(slot, Stage::Ending);
+                self.empty_left_slots();
+                true
+            }
+        }
+    }
+
+    /// Events since the last call.
+    pub fn take_events(&mut self) -> Vec<SequenceEvent> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// The epoch whose plans are made, if any.
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.epoch
+    }
+
+    /// Step of the last plan made.
+    pub fn scheduled_step(&self) -> StepId {
+        self.scheduled_step
+    }
+
+    /// How full the scheduler is.
+    pub fn load(&self) -> Load {
+        Load {
+            running: (self.running.len() + self.leaving.len()) as u32,
+            waiting: self.waiting.len() as u32,
+            num_blocks: self.pool.num_blocks() as u32,
+            num_free_blocks: self.pool.num_free() as u32,
+            num_preemptions: self.num_preemptions,
+        }
+    }
+
+    /// Whether no sequence is known and no step in flight.
+    pub fn is_idle(&self) -> bool {
+        self.places.is_empty() && self.in_flight.is_empty() && self.leaving.is_empty()
+    }
+
+    fn sequence_mut(&mut self, sequence: SequenceId) -> Option<&mut Sequence> {
+        match *self.places.get(&sequence)? {
+            Place::Waiting(order) => self.waiting.get_mut(&order),
+            Place::Slot(slot) => self.slots[slot.index()].as_mut(),
+        }
+    }
+
+    /// The sequence in a slot known to be taken.
+    pub(crate) fn at(&self, slot: SequenceSlot) -> &Sequence {
+        self.slots[slot.index()].as_ref().expect("running and leaving slots hold a sequence")
+    }
+
+    pub(crate) fn at_mut(&mut self, slot: SequenceSlot) -> &mut Sequence {
+        self.slots[slot.index()].as_mut().expect("running and leaving slots hold a sequence")
+    }
+
+    /// Moves a slot from `running` to `leaving`. What it holds stays until
+    /// [`Scheduler::empty_left_slots`] finds that no step in flight names it.
+    pub(crate) fn leave(&mut self, slot: SequenceSlot, stage: Stage) {
+        if std::mem::replace(&mut self.at_mut(slot).stage, stage) == Stage::Running {
+            self.running.retain(|&running| running != slot);
+            self.leaving.push(slot);
+        }
+    }
+
+    /// Frees blocks and slots of leaving sequences that no step in flight names.
+    pub(crate) fn empty_left_slots(&mut self) {
+        let mut index = 0;
+        while index < self.leaving.len() {
+            let slot = self.leaving[index];
+            if self.at(slot).last_step > self.applied_step {
+                index += 1;
+                continue;
+            }
+            self.leaving.swap_remove(index);
+            let mut sequence =
+                self.slots[slot.index()].take().expect("a leaving slot holds a sequence");
+            // Tails first: of a cached prefix the head is the most useful and goes last.
+            sequence.blocks.iter().rev().for_each(|&block| self.pool.release(block));
+            self.released.push(slot);
+            if slot.0 < self.config.max_running {
+                self.free_slots.push(slot);
+            }
+            if sequence.stage == Stage::Preempting {
+                sequence.forget_computed();
+                let order = sequence.order();
+                self.places.insert(sequence.id(), Place::Waiting(order));
+                self.waiting.insert(order, sequence);
+            }
+        }
+    }
+}
+
+pub(crate) fn finished(sequence: &Sequence, reason: FinishReason) -> SequenceEvent {
+    SequenceEvent::Finished {
+        sequence: sequence.id(),
+        reason,
+        num_output_tokens: sequence.output.len() as u32,
+        num_cached_tokens: sequence.num_cached_tokens.unwrap_or(0) as u32,
+    }
+}

@@ -1,0 +1,5 @@
+//! The scheduler against the fake model: small situations by hand, and random histories.
+
+mod properties;
+mod scheduling;
+mod support;
