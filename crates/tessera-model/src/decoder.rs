@@ -1,0 +1,276 @@
+//! The language model (specification §9): Qwen2 with M-RoPE, in the order of the paper. Written once
+//! over a [`Backend`]; tensor parallelism changes shapes only.
+
+use tessera_kernels::{
+    Act, Backend, DType, Epilogue, GatherRows, KvSpec, LinearSpec, MemoryReport, NormSpec,
+    PartLayout, RopeSpec, SlotId, SlotSpec, StepLimits,
+};
+
+use crate::config::TextConfig;
+use crate::error::Result;
+use crate::parallel::{Module, column_parallel, row_parallel};
+use crate::split::TpSplit;
+use crate::tensors::{self, EMBED_TOKENS, FINAL_NORM, LM_HEAD};
+use crate::weights::Weights;
+
+/// One rank's share of the language model, loaded, with its activation slots planned.
+pub struct Decoder<B: Backend> {
+    embed: B::Linear,
+    first_norm: B::Norm,
+    layers: Vec<Layer<B>>,
+    /// `None` where the head is the embedding table.
+    lm_head: Option<B::Linear>,
+    slots: DecoderSlots,
+    memory: MemoryReport,
+    num_kv_heads: u32,
+    head_dim: u32,
+    rope: RopeSpec,
+}
+
+struct Layer<B: Backend> {
+    qkv: B::Linear,
+    o_proj: B::Linear,
+    /// The norm between attention and MLP.
+    post_attention_norm: B::Norm,
+    gate_up: B::Linear,
+    down: B::Linear,
+    /// The norm that follows this layer: the next layer's first, or the final one.
+    next_norm: B::Norm,
+}
+
+/// Activation slots of the decoder; `T` tokens, `R` logit rows.
+struct DecoderSlots {
+    /// `[T, hidden]` f32.
+    residual: SlotSpec,
+    /// `[T, hidden]` what attention and MLP read.
+    hidden: SlotSpec,
+    /// `[T, (hq + 2·hkv)·head_dim]`
+    qkv: SlotSpec,
+    /// `[T, hq·head_dim]`
+    attention: SlotSpec,
+    /// `[T, local intermediate]`
+    inner: SlotSpec,
+    /// `[visual rows, hidden]` f32, uploaded on rank 0.
+    visual: SlotSpec,
+    /// `[R, hidden]`
+    last: SlotSpec,
+    /// `[R, V/tp]` f32.
+    logits: SlotSpec,
+}
+
+impl DecoderSlots {
+    fn new(config: &TextConfig, split: &TpSplit, limits: &StepLimits, activation: DType) -> Self {
+        let query = split.query_heads.padded * config.head_dim;
+        let kv = split.kv_heads.len() * config.head_dim;
+        let slot = |id, max_rows, cols: usize, dtype| SlotSpec {
+            slot: SlotId(id),
+            max_rows,
+            cols: cols as u32,
+            dtype,
+        };
+        let (tokens, rows) = (limits.max_tokens, limits.max_sequences);
+        Self {
+            residual: slot(0, tokens, config.hidden_size, DType::F32),
+            hidden: slot(1, tokens, config.hidden_size, activation),
+            qkv: slot(2, tokens, query + 2 * kv, activation),
+            attention: slot(3, tokens, query, activation),
+            inner: slot(4, tokens, split.mlp.padded, activation),
+            visual: slot(5, limits.max_visual_rows, config.hidden_size, DType::F32),
+            last: slot(6, rows, config.hidden_size, activation),
+            logits: slot(7, rows, split.vocab.padded, DType::F32),
+        }
+    }
+
+    fn all(&self) -> [SlotSpec; 8] {
+        let Self { residual, hidden, qkv, attention, inner, visual, last, logits } = self;
+        [*residual, *hidden, *qkv, *attention, *inner, *visual, *last, *logits]
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Checks every tensor of the language model, loads this rank's slices and plans the slots of steps
+    /// up to `limits`.
+    ///
+    /// # Errors
+    /// A tensor that is missing, misshapen or unreadable, by file and name; what the backend reports.
+    pub fn load(
+        backend: &mut B,
+        config: &TextConfig,
+        split: &TpSplit,
+        limits: &StepLimits,
+        weights: &mut Weights,
+    ) -> Result<Self> {
+        weights.check(&tensors::language(config))?;
+        let vocab = |name| {
+            let module = Module::new(name, config.vocab_size, config.hidden_size, false);
+            column_parallel(vec![module.rows(&split.vocab)], PartLayout::Stacked)
+        };
+        let embed = backend.load_linear(&vocab(EMBED_TOKENS), weights)?;
+        let first_norm = backend.load_norm(&norm(config, first_norm_of(0)), weights)?;
+        let layers =
+            (0..config.num_layers).map(|index| Layer::load(backend, config, split, index, weights));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(backend.load_linear(&vocab(LM_HEAD), weights)?),
+        };
+        let slots = DecoderSlots::new(config, split, limits, backend.caps().activation_dtype);
+        Ok(Self {
+            embed,
+            first_norm,
+            layers,
+            lm_head,
+            memory: backend.plan(&slots.all(), limits)?,
+            slots,
+            num_kv_heads: split.kv_heads.len() as u32,
+            head_dim: config.head_dim as u32,
+            rope: config.rope(),
+        })
+    }
+
+    /// What planning set aside.
+    pub fn memory(&self) -> MemoryReport {
+        self.memory
+    }
+
+    /// This rank's KV cache, for [`Backend::alloc_kv`].
+    pub fn kv_spec(&self, block_size: u32) -> KvSpec {
+        KvSpec {
+            num_layers: self.layers.len() as u32,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            block_size,
+            rope: self.rope,
+        }
+    }
+
+    /// Where rank 0 uploads visual rows `[max_visual_rows, hidden]`; `StepInputs::visual_row` counts in it.
+    pub fn visual(&self) -> Act {
+        Act::of(&self.slots.visual, self.slots.visual.max_rows)
+    }
+
+    /// Enqueues one forward pass over the uploaded step of `tokens` tokens and `rows` logit rows, and
+    /// returns the logits `[rows, V/tp]` f32 of this rank.
+    ///
+    /// # Errors
+    /// What the backend reports; a failed communicator.
+    pub fn forward(
+        &self,
+        b: &mut B,
+        kv: &mut B::Kv,
+        tokens: u32,
+        rows: u32,
+    ) -> tessera_kernels::Result<Act> {
+        let residual = Act::of(&self.slots.residual, tokens);
+        let hidden = Act::of(&self.slots.hidden, tokens);
+        let qkv = Act::of(&self.slots.qkv, tokens);
+        let attention = Act::of(&self.slots.attention, tokens);
+        let inner = Act::of(&self.slots.inner, tokens);
+        b.embed_merge(&self.embed, self.visual(), residual)?;
+        let mut x = hidden.of_kind(self.layer_input(b, 0));
+        b.all_reduce_norm(residual, &self.first_norm, x)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            b.linear(x, &layer.qkv, Epilogue::None, qkv)?;
+            b.rope_kv_write(qkv, kv, index as u32)?;
+            let attended = attention.of_kind(b.input_kind(&layer.o_proj));
+            b.attention_paged(qkv, kv, index as u32, attended)?;
+            x = hidden.of_kind(b.input_kind(&layer.gate_up));
+            b.row_parallel_add_norm(
+                attended,
+                &layer.o_proj,
+                residual,
+                &layer.post_attention_norm,
+                x,
+            )?;
+            let inner = inner.of_kind(b.input_kind(&layer.down));
+            b.linear_swiglu(x, &layer.gate_up, inner)?;
+            x = hidden.of_kind(self.layer_input(b, index + 1));
+            b.row_parallel_add_norm(inner, &layer.down, residual, &layer.next_norm, x)?;
+            b.layer_done();
+        }
+        let last = Act::of(&self.slots.last, rows).of_kind(x.kind);
+        let logits = Act::of(&self.slots.logits, rows);
+        b.gather_rows(x, GatherRows::Logits, last)?;
+        b.linear(last, self.lm_head(), Epilogue::F32Out, logits)?;
+        Ok(logits)
+    }
+
+    fn lm_head(&self) -> &B::Linear {
+        self.lm_head.as_ref().unwrap_or(&self.embed)
+    }
+
+    /// What the first linear of layer `index` reads; the head's input after the last layer.
+    fn layer_input(&self, b: &B, index: usize) -> tessera_kernels::ActKind {
+        b.input_kind(self.layers.get(index).map_or(self.lm_head(), |layer| &layer.qkv))
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    fn load(
+        backend: &mut B,
+        config: &TextConfig,
+        split: &TpSplit,
+        index: usize,
+        weights: &mut Weights,
+    ) -> Result<Self> {
+        let next_norm = match index + 1 == config.num_layers {
+            true => FINAL_NORM.to_owned(),
+            false => first_norm_of(index + 1),
+        };
+        let post_attention = format!("{}.post_attention_layernorm.weight", tensors::layer(index));
+        let specs = LayerSpecs::new(config, split, index);
+        Ok(Self {
+            qkv: backend.load_linear(&specs.qkv, weights)?,
+            o_proj: backend.load_linear(&specs.o_proj, weights)?,
+            post_attention_norm: backend.load_norm(&norm(config, post_attention), weights)?,
+            gate_up: backend.load_linear(&specs.gate_up, weights)?,
+            down: backend.load_linear(&specs.down, weights)?,
+            next_norm: backend.load_norm(&norm(config, next_norm), weights)?,
+        })
+    }
+}
+
+/// The linears of one layer as a rank holds them.
+struct LayerSpecs {
+    qkv: LinearSpec,
+    o_proj: LinearSpec,
+    gate_up: LinearSpec,
+    down: LinearSpec,
+}
+
+impl LayerSpecs {
+    fn new(config: &TextConfig, split: &TpSplit, index: usize) -> Self {
+        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+        let (query, kv) = (config.num_heads * head_dim, config.num_kv_heads * head_dim);
+        let module = |name: &str, out, cols, bias| {
+            Module::new(format!("{}.{name}", tensors::layer(index)), out, cols, bias)
+        };
+        let query_rows = split.query_heads.scaled(head_dim);
+        let kv_rows = split.kv_shard().scaled(head_dim);
+        let qkv = vec![
+            module("self_attn.q_proj", query, hidden, true).rows(&query_rows),
+            module("self_attn.k_proj", kv, hidden, true).rows(&kv_rows),
+            module("self_attn.v_proj", kv, hidden, true).rows(&kv_rows),
+        ];
+        let inner = config.intermediate_size;
+        let gate_up = ["mlp.gate_proj", "mlp.up_proj"];
+        let gate_up = gate_up.map(|name| module(name, inner, hidden, false).rows(&split.mlp));
+        let is_first = split.rank.0 == 0;
+        let o_proj = module("self_attn.o_proj", hidden, query, false);
+        let down = module("mlp.down_proj", hidden, inner, false);
+        Self {
+            qkv: column_parallel(qkv, PartLayout::Stacked),
+            o_proj: row_parallel(&o_proj, &query_rows, is_first),
+            gate_up: column_parallel(gate_up.to_vec(), PartLayout::GateUp),
+            down: row_parallel(&down, &split.mlp, is_first),
+        }
+    }
+}
+
+fn first_norm_of(layer: usize) -> String {
+    format!("{}.input_layernorm.weight", tensors::layer(layer))
+}
+
+fn norm(config: &TextConfig, tensor: String) -> NormSpec {
+    NormSpec { tensor, size: config.hidden_size, eps: config.rms_norm_eps }
+}

@@ -1,0 +1,76 @@
+//! Fingerprints of a model part, cheap enough for a checkpoint of 145 GB.
+//!
+//! What a fingerprint covers: the parsed configuration of the part; name, type and shape of each of its
+//! tensors; small tensors (norms, biases) whole; of larger ones four windows of bytes, the first and
+//! the last among them. So two checkpoints that were trained or converted differently differ, while
+//! sharding, order and naming style don't matter. It is no proof against a checkpoint that was altered
+//! on purpose outside of the windows.
+
+use serde::Serialize;
+use tessera_kernels::WeightError;
+use tessera_types::{Hash256, ModelFingerprint};
+
+use super::checkpoint::Checkpoint;
+use crate::tensors::TensorSpec;
+
+/// Tensors up to this many bytes are hashed whole.
+const WHOLE_BYTES: u64 = 64 << 10;
+/// Windows of a larger tensor, spread evenly from its first byte to its last.
+const NUM_WINDOWS: u64 = 4;
+const WINDOW_BYTES: u64 = 1 << 10;
+
+/// The parsed configuration, so that flat and nested files of one model agree.
+pub(super) fn config_bytes(config: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(config).expect("a config is plain data")
+}
+
+fn start(part: &str, config: &[u8]) -> blake3::Hasher {
+    let mut hasher = blake3::Hasher::new();
+    for text in [b"tessera model v1".as_slice(), part.as_bytes(), config] {
+        hasher.update(&(text.len() as u64).to_le_bytes()).update(text);
+    }
+    hasher
+}
+
+fn finish(hasher: &blake3::Hasher) -> ModelFingerprint {
+    ModelFingerprint(Hash256(*hasher.finalize().as_bytes()))
+}
+
+pub(super) fn of_seed(part: &str, config: &[u8], seed: u64) -> ModelFingerprint {
+    let mut hasher = start(part, config);
+    hasher.update(b"random").update(&seed.to_le_bytes());
+    finish(&hasher)
+}
+
+pub(super) fn of_checkpoint(
+    part: &str,
+    config: &[u8],
+    checkpoint: &Checkpoint,
+    tensors: &[TensorSpec],
+) -> Result<ModelFingerprint, WeightError> {
+    let mut hasher = start(part, config);
+    hasher.update(b"checkpoint");
+    let mut names: Vec<&str> = tensors.iter().map(|spec| spec.name.as_str()).collect();
+    names.sort_unstable();
+    let mut buffer = Vec::new();
+    for name in names {
+        let entry = checkpoint.entry(name)?;
+        let header = format!("{name} {:?} {:?}", entry.dtype, entry.shape);
+        hasher.update(&(header.len() as u64).to_le_bytes()).update(header.as_bytes());
+        for (from, len) in windows(entry.len()) {
+            buffer.resize(len as usize, 0);
+            checkpoint.read_raw(name, entry, from, &mut buffer)?;
+            hasher.update(&buffer);
+        }
+    }
+    Ok(finish(&hasher))
+}
+
+/// (offset, length) of the byte windows of a tensor.
+fn windows(len: u64) -> Vec<(u64, u64)> {
+    if len <= WHOLE_BYTES {
+        return vec![(0, len)];
+    }
+    let room = len - WINDOW_BYTES;
+    (0..NUM_WINDOWS).map(|i| (room / (NUM_WINDOWS - 1) * i, WINDOW_BYTES)).collect()
+}
