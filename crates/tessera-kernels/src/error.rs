@@ -55,6 +55,14 @@ pub enum KernelError {
     Input { field: &'static str, reason: String },
     #[error("sequence slot {slot} holds no sequence")]
     VacantSlot { slot: SequenceSlot },
+    #[error("no token can be drawn for sequence slot {slot}")]
+    Draw {
+        slot: SequenceSlot,
+        #[source]
+        source: crate::sampling::DrawError,
+    },
+    #[error("rank 0 could draw no token for sequence slot {slot}")]
+    DrawElsewhere { slot: SequenceSlot },
     #[error("{operation}: the host tensor library failed")]
     Host {
         operation: &'static str,

@@ -63,7 +63,7 @@ pub struct StepInputs {
 }
 
 /// All inputs of one vision step. P patches of one or more items, already in window order.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VisionInputs {
     /// `[P]` of (row, col) in the item's own patch grid.
     pub row_col: Vec<[u32; 2]>,

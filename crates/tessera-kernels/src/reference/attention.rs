@@ -11,6 +11,7 @@ use super::matmul::{host, matmul};
 use crate::backend::HeadShape;
 use crate::error::{KernelError, Result};
 use crate::inputs::StepInputs;
+use crate::sampling::math::exp;
 
 /// Keys and values are padded with zeros to a multiple of this.
 const KV_TILE: usize = 128;
@@ -124,7 +125,7 @@ fn attend(
 /// Softmax in place, the sum in f64 by ascending index.
 fn softmax(scores: &mut [f32]) {
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    scores.iter_mut().for_each(|score| *score = (*score - max).exp());
+    scores.iter_mut().for_each(|score| *score = exp(*score - max));
     let sum: f64 = scores.iter().map(|score| f64::from(*score)).sum();
     scores.iter_mut().for_each(|score| *score = (f64::from(*score) / sum) as f32);
 }

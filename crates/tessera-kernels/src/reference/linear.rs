@@ -5,6 +5,7 @@ use candle_core::{Device, Tensor};
 use super::matmul::{host, matmul};
 use crate::backend::Epilogue;
 use crate::error::{KernelError, Result};
+use crate::sampling::math::exp;
 use crate::weights::{LinearSpec, PartLayout, SliceReader, TensorSlice, WeightFormat};
 
 /// A linear in f32: weight `[N, K]`, padding included.
@@ -84,7 +85,7 @@ impl ReferenceLinear {
         for (row, both) in y.chunks_exact_mut(inner).zip(both.chunks_exact(outputs)) {
             let (gate, up) = both.split_at(inner);
             for ((value, gate), up) in row.iter_mut().zip(gate).zip(up) {
-                *value = gate / (1.0 + (-gate).exp()) * up;
+                *value = gate / (1.0 + exp(-gate)) * up;
             }
         }
         Ok(())
