@@ -1,0 +1,151 @@
+//! Settings of an encoder worker.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tessera_media::MediaLimits;
+use tessera_membership::StoreEndpoint;
+use tessera_model::WeightSource;
+use tessera_telemetry::AdminConfig;
+
+use crate::error::EncoderError;
+
+/// What an encoder needs to know. Times are in milliseconds, sizes in bytes unless the name says
+/// otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EncoderConfig {
+    /// gRPC address; port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// host:port under which decoders and routers reach this process; default: the bound address.
+    pub advertise: Option<String>,
+    pub admin: AdminConfig,
+    /// Embeddings kept, in bytes of f32 values.
+    pub cache_bytes: u64,
+    /// Media bytes held at once over all requests that are being received or prepared.
+    pub max_media_bytes: u64,
+    /// Pixels (after resizing, frames counted one by one) that may wait for the vision tower.
+    pub max_queued_pixels: u64,
+    /// Patches of one forward pass; also the largest media item.
+    pub max_batch_patches: u32,
+    /// Threads that decode and resize.
+    pub prepare_threads: usize,
+    /// How long an encoded item waits to be pulled before it may be evicted.
+    pub hold_ms: u32,
+    /// Lease of the member record.
+    pub lease_ttl_seconds: u32,
+    /// At shutdown, how long issued locators may still be pulled.
+    pub drain_ms: u32,
+    /// Compressed bytes of one image or frame.
+    pub max_item_bytes: u64,
+    /// Pixels of one image or frame before it is resized.
+    pub max_item_pixels: u64,
+    /// Frames of one video.
+    pub max_frames: u32,
+    /// What all roles share; the binary fills it in.
+    #[serde(skip)]
+    pub shared: SharedConfig,
+}
+
+/// What every worker of a cluster is told alike.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedConfig {
+    /// Name of the cluster in the store.
+    pub cluster: String,
+    /// Members of the store.
+    pub endpoints: Vec<StoreEndpoint>,
+    /// Model directory in Hugging Face layout.
+    pub model: PathBuf,
+    /// Name that clients use for the model.
+    pub model_name: String,
+    pub weights: WeightSource,
+}
+
+impl Default for SharedConfig {
+    fn default() -> Self {
+        Self {
+            cluster: "default".into(),
+            endpoints: Vec::new(),
+            model: PathBuf::new(),
+            model_name: String::new(),
+            weights: WeightSource::Checkpoint(PathBuf::new()),
+        }
+    }
+}
+
+impl Default for EncoderConfig {
+    fn default() -> Self {
+        let limits = MediaLimits::default();
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            admin: AdminConfig::default(),
+            cache_bytes: 1 << 30,
+            max_media_bytes: 512 << 20,
+            max_queued_pixels: 256 << 20,
+            max_batch_patches: 65_536,
+            prepare_threads: 2,
+            hold_ms: 60_000,
+            lease_ttl_seconds: 10,
+            drain_ms: 5_000,
+            max_item_bytes: limits.max_bytes,
+            max_item_pixels: limits.max_pixels,
+            max_frames: limits.max_frames,
+            shared: SharedConfig::default(),
+        }
+    }
+}
+
+impl EncoderConfig {
+    /// How long an encoded item waits to be pulled.
+    pub fn hold(&self) -> Duration {
+        Duration::from_millis(u64::from(self.hold_ms))
+    }
+
+    /// Caps on one media item.
+    pub fn media_limits(&self) -> MediaLimits {
+        MediaLimits {
+            max_bytes: self.max_item_bytes,
+            max_pixels: self.max_item_pixels,
+            max_frames: self.max_frames,
+        }
+    }
+
+    /// Refuses settings under which nothing could be encoded.
+    ///
+    /// # Errors
+    /// Names the field.
+    pub fn validate(&self) -> Result<(), EncoderError> {
+        let at_least = |field: &'static str, value: u64, least: u64| match value >= least {
+            true => Ok(()),
+            false => {
+                Err(EncoderError::Config { field, reason: format!("must be at least {least}") })
+            }
+        };
+        at_least("encoder.cache_bytes", self.cache_bytes, 1 << 20)?;
+        at_least("encoder.max_media_bytes", self.max_media_bytes, 1 << 20)?;
+        at_least("encoder.max_queued_pixels", self.max_queued_pixels, 28 * 28)?;
+        at_least("encoder.max_batch_patches", u64::from(self.max_batch_patches), 4)?;
+        at_least("encoder.prepare_threads", self.prepare_threads as u64, 1)?;
+        at_least("encoder.hold_ms", u64::from(self.hold_ms), 1000)?;
+        at_least("encoder.max_item_bytes", self.max_item_bytes, 1)?;
+        at_least("encoder.max_item_pixels", self.max_item_pixels, 1)?;
+        at_least("encoder.max_frames", u64::from(self.max_frames), 1)?;
+        at_least("encoder.lease_ttl_seconds", u64::from(self.lease_ttl_seconds), 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn useless_settings_are_refused_by_name() {
+        assert!(EncoderConfig::default().validate().is_ok());
+        let config = EncoderConfig { prepare_threads: 0, ..EncoderConfig::default() };
+        let error = config.validate().expect_err("no thread prepares");
+        assert!(error.to_string().contains("encoder.prepare_threads"), "{error}");
+    }
+}
