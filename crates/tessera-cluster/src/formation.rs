@@ -405,8 +405,12 @@ impl Formation {
         self.phase = Phase::Leaving { epoch };
     }
 
-    /// The current proposal, if it names us, we never joined it, and it can still become active.
+    /// The current proposal, if it names us, we never joined it, and it can still become active. Saying
+    /// that we left the active epoch comes first: it changes our key, on which a proposal rests.
     fn joinable(&self) -> Option<(&EpochSpec, i64)> {
+        if self.mirror.may_run_active(self.me.instance) {
+            return None;
+        }
         let entry = self.mirror.epoch.as_ref()?;
         let spec = entry.value.spec.as_ref()?;
         let slot = spec.slot_of(self.me.instance)?;

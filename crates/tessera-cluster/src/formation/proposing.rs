@@ -50,7 +50,7 @@ impl Formation {
     }
 
     pub(super) fn on_proposed(&mut self, epoch: Epoch, outcome: TxnOutcome, now: Duration) {
-        if !self.in_flight.is_some_and(|(proposed, _)| proposed == epoch) {
+        if self.in_flight.is_none_or(|(proposed, _)| proposed != epoch) {
             return;
         }
         match outcome {
