@@ -31,13 +31,7 @@ impl AbortHandle {
     /// A handle for `epoch` that is not aborted.
     pub fn new(epoch: Epoch) -> Self {
         let (reason, targets) = (OnceLock::new(), Mutex::new(Vec::new()));
-        Self {
-            shared: Arc::new(Shared {
-                epoch,
-                reason,
-                targets,
-            }),
-        }
+        Self { shared: Arc::new(Shared { epoch, reason, targets }) }
     }
 
     pub fn epoch(&self) -> Epoch {
@@ -62,19 +56,16 @@ impl AbortHandle {
 
     /// The read-only side, for those who must look but not decide.
     pub fn flag(&self) -> AbortFlag {
-        AbortFlag {
-            handle: self.clone(),
-        }
+        AbortFlag { handle: self.clone() }
     }
 
     /// `Err(Aborted)` once the flag is set.
     pub(crate) fn check(&self) -> Result<(), CollectiveError> {
         match self.shared.reason.get() {
             None => Ok(()),
-            Some(reason) => Err(CollectiveError::Aborted {
-                epoch: self.epoch(),
-                reason: reason.clone(),
-            }),
+            Some(reason) => {
+                Err(CollectiveError::Aborted { epoch: self.epoch(), reason: reason.clone() })
+            }
         }
     }
 
@@ -88,20 +79,14 @@ impl AbortHandle {
     }
 
     fn targets(&self) -> std::sync::MutexGuard<'_, Vec<Arc<dyn AbortTarget>>> {
-        self.shared
-            .targets
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.shared.targets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl fmt::Debug for AbortHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (epoch, reason) = (&self.shared.epoch, self.shared.reason.get());
-        f.debug_struct("AbortHandle")
-            .field("epoch", epoch)
-            .field("reason", &reason)
-            .finish()
+        f.debug_struct("AbortHandle").field("epoch", epoch).field("reason", &reason).finish()
     }
 }
 
@@ -155,10 +140,7 @@ mod tests {
         handle.attach(late.clone());
 
         assert_eq!(handle.flag().reason(), Some("first"));
-        let (early, late) = (
-            early.0.load(Ordering::SeqCst),
-            late.0.load(Ordering::SeqCst),
-        );
+        let (early, late) = (early.0.load(Ordering::SeqCst), late.0.load(Ordering::SeqCst));
         assert_eq!((early, late), (1, 1), "before and after the abort");
         assert!(matches!(
             handle.check(),

@@ -57,18 +57,8 @@ impl Communicator {
         abort: AbortHandle,
         transport: Box<dyn HostCollective>,
     ) -> Self {
-        assert!(
-            rank.0 < world_size,
-            "rank {rank} is below the world size {world_size}"
-        );
-        Self {
-            rank,
-            world_size,
-            abort,
-            transport,
-            has_left: false,
-            _not_sync: PhantomData,
-        }
+        assert!(rank.0 < world_size, "rank {rank} is below the world size {world_size}");
+        Self { rank, world_size, abort, transport, has_left: false, _not_sync: PhantomData }
     }
 
     pub fn rank(&self) -> Rank {
@@ -95,10 +85,7 @@ impl Communicator {
 
     /// Replaces `data` `[n]` by its sum over ranks, `((r0 + r1) + r2) + …` in f32 by ascending rank.
     pub fn all_reduce_sum(&mut self, data: &mut [f32]) -> Result<()> {
-        let result = self
-            .abort
-            .check()
-            .and_then(|()| self.transport.all_reduce_sum(data));
+        let result = self.abort.check().and_then(|()| self.transport.all_reduce_sum(data));
         self.finish(result, as_bytes_mut(data))
     }
 
@@ -112,24 +99,17 @@ impl Communicator {
 
     /// As [`Communicator::all_gather`], on bytes.
     pub fn all_gather_bytes(&mut self, input: &[u8], output: &mut [u8]) -> Result<()> {
-        let result = self.gather(input.len(), output.len(), |transport| {
-            transport.all_gather(input, output)
-        });
+        let result =
+            self.gather(input.len(), output.len(), |transport| transport.all_gather(input, output));
         self.finish(result, output)
     }
 
     /// Replaces `data` by that of `root`. The length is the same on all ranks.
     pub fn broadcast(&mut self, data: &mut [u8], root: Rank) -> Result<()> {
-        let result = self
-            .abort
-            .check()
-            .and_then(|()| match root.0 < self.world_size {
-                true => self.transport.broadcast(data, root),
-                false => Err(CollectiveError::InvalidRoot {
-                    root,
-                    world_size: self.world_size,
-                }),
-            });
+        let result = self.abort.check().and_then(|()| match root.0 < self.world_size {
+            true => self.transport.broadcast(data, root),
+            false => Err(CollectiveError::InvalidRoot { root, world_size: self.world_size }),
+        });
         self.finish(result, data)
     }
 
@@ -153,12 +133,7 @@ impl Communicator {
         self.abort.check()?;
         let (world_size, expected) = (self.world_size, input * self.world_size as usize);
         if output != expected {
-            return Err(CollectiveError::OutputLength {
-                input,
-                output,
-                expected,
-                world_size,
-            });
+            return Err(CollectiveError::OutputLength { input, output, expected, world_size });
         }
         call(&mut *self.transport)
     }
@@ -258,31 +233,14 @@ mod tests {
     fn wrong_arguments_end_the_communicator() {
         let mut communicator = Communicator::single();
         let mut output = [0u8; 3];
-        let error = communicator
-            .all_gather_bytes(&[1, 2], &mut output)
-            .unwrap_err();
-        assert!(matches!(
-            error,
-            CollectiveError::OutputLength {
-                expected: 2,
-                output: 3,
-                ..
-            }
-        ));
+        let error = communicator.all_gather_bytes(&[1, 2], &mut output).unwrap_err();
+        assert!(matches!(error, CollectiveError::OutputLength { expected: 2, output: 3, .. }));
         assert_eq!(output, [0xFF; 3]);
-        assert!(matches!(
-            communicator.barrier(),
-            Err(CollectiveError::Aborted { .. })
-        ));
+        assert!(matches!(communicator.barrier(), Err(CollectiveError::Aborted { .. })));
 
         let mut ids = [5u32];
-        let error = Communicator::single()
-            .broadcast_u32(&mut ids, Rank(1))
-            .unwrap_err();
-        assert!(matches!(
-            error,
-            CollectiveError::InvalidRoot { root: Rank(1), .. }
-        ));
+        let error = Communicator::single().broadcast_u32(&mut ids, Rank(1)).unwrap_err();
+        assert!(matches!(error, CollectiveError::InvalidRoot { root: Rank(1), .. }));
         assert_eq!(ids, [u32::MAX]);
     }
 }

@@ -18,10 +18,7 @@ pub struct CollectiveConfig {
 
 impl Default for CollectiveConfig {
     fn default() -> Self {
-        Self {
-            spin_us: MAX_SPIN_US,
-            timeout_ms: None,
-        }
+        Self { spin_us: MAX_SPIN_US, timeout_ms: None }
     }
 }
 
@@ -61,15 +58,9 @@ mod tests {
     #[test]
     fn settings_outside_their_range_are_refused() {
         assert_eq!(CollectiveConfig::default().validate(), Ok(()));
-        let spin = CollectiveConfig {
-            spin_us: 21,
-            timeout_ms: None,
-        };
+        let spin = CollectiveConfig { spin_us: 21, timeout_ms: None };
         assert_eq!(spin.validate(), Err(ConfigError::SpinTooLong { got: 21 }));
-        let timeout = CollectiveConfig {
-            spin_us: 0,
-            timeout_ms: Some(0),
-        };
+        let timeout = CollectiveConfig { spin_us: 0, timeout_ms: Some(0) };
         assert_eq!(timeout.validate(), Err(ConfigError::ZeroTimeout));
     }
 }

@@ -63,81 +63,35 @@ pub enum CollectiveError {
     #[error("epoch {epoch} was aborted: {reason}")]
     Aborted { epoch: Epoch, reason: String },
     #[error("lost rank {rank} at {address}")]
-    PeerLost {
-        rank: Rank,
-        address: PeerAddress,
-        source: io::Error,
-    },
+    PeerLost { rank: Rank, address: PeerAddress, source: io::Error },
     #[error("rank {rank} at {address} aborted: {reason}")]
-    PeerAborted {
-        rank: Rank,
-        address: PeerAddress,
-        reason: String,
-    },
+    PeerAborted { rank: Rank, address: PeerAddress, reason: String },
     #[error("rank {rank} at {address} runs {got} while this rank runs {expected}")]
-    Mismatch {
-        rank: Rank,
-        address: PeerAddress,
-        expected: Operation,
-        got: Operation,
-    },
+    Mismatch { rank: Rank, address: PeerAddress, expected: Operation, got: Operation },
     #[error("rank {rank} at {address} broke the protocol: {violation}")]
-    Protocol {
-        rank: Rank,
-        address: PeerAddress,
-        violation: &'static str,
-    },
+    Protocol { rank: Rank, address: PeerAddress, violation: &'static str },
     #[error("{operation} timed out waiting for {}", ranks(waiting_for))]
-    Timeout {
-        operation: Operation,
-        waiting_for: Vec<Rank>,
-    },
+    Timeout { operation: Operation, waiting_for: Vec<Rank> },
     #[error(
         "all_gather of {input} elements from {world_size} ranks needs an output of {expected}, got {output}"
     )]
-    OutputLength {
-        input: usize,
-        output: usize,
-        expected: usize,
-        world_size: u32,
-    },
+    OutputLength { input: usize, output: usize, expected: usize, world_size: u32 },
     #[error("root {root} is not a rank in a world of {world_size}")]
     InvalidRoot { root: Rank, world_size: u32 },
     #[error("rank {rank} has no place in a world of {world_size}: {rule}")]
-    InvalidSeat {
-        rank: Rank,
-        world_size: u32,
-        rule: &'static str,
-    },
+    InvalidSeat { rank: Rank, world_size: u32, rule: &'static str },
     #[error("cannot listen on {address}")]
-    Listen {
-        address: SocketAddr,
-        source: io::Error,
-    },
+    Listen { address: SocketAddr, source: io::Error },
     #[error("{address} cannot be reached by peers: bind to an address of one interface")]
     UnspecifiedAddress { address: SocketAddr },
     #[error("cannot connect to rank {rank} at {address}")]
-    Connect {
-        rank: Rank,
-        address: SocketAddr,
-        source: io::Error,
-    },
+    Connect { rank: Rank, address: SocketAddr, source: io::Error },
     #[error("rank {rank} at {address} refused this rank: {refusal}")]
-    Refused {
-        rank: Rank,
-        address: SocketAddr,
-        refusal: Refusal,
-    },
+    Refused { rank: Rank, address: SocketAddr, refusal: Refusal },
     #[error("deadline passed while {stage}: waiting for {}", ranks(missing))]
-    BootstrapDeadline {
-        stage: &'static str,
-        missing: Vec<Rank>,
-    },
+    BootstrapDeadline { stage: &'static str, missing: Vec<Rank> },
     #[error("the operating system refused {what}")]
-    System {
-        what: &'static str,
-        source: io::Error,
-    },
+    System { what: &'static str, source: io::Error },
 }
 
 impl CollectiveError {

@@ -29,13 +29,7 @@ pub struct Operation {
 
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            kind,
-            root,
-            epoch,
-            sequence,
-            num_bytes,
-        } = self;
+        let Self { kind, root, epoch, sequence, num_bytes } = self;
         match kind {
             OperationKind::AllReduce => f.write_str("all_reduce")?,
             OperationKind::AllGather => f.write_str("all_gather")?,

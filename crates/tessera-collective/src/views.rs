@@ -30,10 +30,7 @@ mod tests {
     #[test]
     fn bytes_are_those_of_the_values() {
         let mut floats = [1.5f32, -0.0, f32::NAN];
-        let expected: Vec<u8> = floats
-            .iter()
-            .flat_map(|value| value.to_ne_bytes())
-            .collect();
+        let expected: Vec<u8> = floats.iter().flat_map(|value| value.to_ne_bytes()).collect();
         assert_eq!(as_bytes(&floats), expected);
         as_bytes_mut(&mut floats)[4..8].copy_from_slice(&2.5f32.to_ne_bytes());
         assert_eq!(floats[1], 2.5);

@@ -37,9 +37,8 @@ impl CommunicatorId {
 
     /// Reads what [`CommunicatorId::as_bytes`] gave.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, ParseIdError> {
-        let bytes: [u8; Self::NUM_BYTES] = bytes
-            .try_into()
-            .map_err(|_| ParseIdError::Length { got: bytes.len() })?;
+        let bytes: [u8; Self::NUM_BYTES] =
+            bytes.try_into().map_err(|_| ParseIdError::Length { got: bytes.len() })?;
         if bytes[0] != LAYOUT {
             return Err(ParseIdError::Layout { got: bytes[0] });
         }
@@ -53,10 +52,7 @@ impl CommunicatorId {
 
     /// Lower-case hex digits; [`FromStr`] reads them back.
     pub fn to_hex(&self) -> String {
-        self.bytes
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        self.bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Where rank 0 listens.
@@ -86,9 +82,7 @@ impl FromStr for CommunicatorId {
 
     fn from_str(text: &str) -> Result<Self, ParseIdError> {
         if text.len() != 2 * Self::NUM_BYTES || !text.is_ascii() {
-            return Err(ParseIdError::Length {
-                got: text.len() / 2,
-            });
+            return Err(ParseIdError::Length { got: text.len() / 2 });
         }
         let byte = |i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16);
         let bytes: Result<Vec<u8>, _> = (0..Self::NUM_BYTES).map(byte).collect();
@@ -121,10 +115,7 @@ mod tests {
             assert_eq!(id.to_hex().parse(), Ok(id));
             assert_eq!(id.address().to_string(), address);
             assert_eq!(id.nonce(), [0xA5; 16]);
-            assert!(
-                !format!("{id:?}").contains("a5"),
-                "the nonce is not for logs"
-            );
+            assert!(!format!("{id:?}").contains("a5"), "the nonce is not for logs");
         }
         const { assert!(CommunicatorId::NUM_BYTES <= 128) };
     }
@@ -133,28 +124,16 @@ mod tests {
     fn a_malformed_id_is_refused() {
         let good = CommunicatorId::new("10.1.2.3:4567".parse().unwrap(), [1; 16]);
         let bytes = good.as_bytes();
-        assert_eq!(
-            CommunicatorId::from_bytes(&bytes[1..]),
-            Err(ParseIdError::Length { got: 35 })
-        );
+        assert_eq!(CommunicatorId::from_bytes(&bytes[1..]), Err(ParseIdError::Length { got: 35 }));
         let mut layout = bytes.to_vec();
         layout[0] = 2;
-        assert_eq!(
-            CommunicatorId::from_bytes(&layout),
-            Err(ParseIdError::Layout { got: 2 })
-        );
+        assert_eq!(CommunicatorId::from_bytes(&layout), Err(ParseIdError::Layout { got: 2 }));
         for address in ["0.0.0.0:1", "[::]:1", "10.1.2.3:0"] {
             let id = CommunicatorId::new(address.parse().unwrap(), [1; 16]);
-            assert_eq!(
-                CommunicatorId::from_bytes(id.as_bytes()),
-                Err(ParseIdError::Address)
-            );
+            assert_eq!(CommunicatorId::from_bytes(id.as_bytes()), Err(ParseIdError::Address));
         }
         let hex = good.to_hex();
-        assert_eq!(
-            hex.replacen('0', "g", 1).parse::<CommunicatorId>(),
-            Err(ParseIdError::Hex)
-        );
+        assert_eq!(hex.replacen('0', "g", 1).parse::<CommunicatorId>(), Err(ParseIdError::Hex));
         assert!("é".repeat(36).parse::<CommunicatorId>().is_err());
         assert!(hex[2..].parse::<CommunicatorId>().is_err());
     }

@@ -40,9 +40,7 @@ pub(super) fn read_address(bytes: &[u8]) -> Option<SocketAddr> {
 }
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    bytes[at..at + N]
-        .try_into()
-        .expect("structures have fixed lengths")
+    bytes[at..at + N].try_into().expect("structures have fixed lengths")
 }
 
 /// First bytes of every connection. Anything else is a stranger, to whom nothing is answered.
@@ -143,10 +141,7 @@ pub(super) const MAX_REASON_BYTES: usize = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Header {
     /// A part of a collective. `payload_bytes` follow.
-    Data {
-        operation: Operation,
-        payload_bytes: u64,
-    },
+    Data { operation: Operation, payload_bytes: u64 },
     /// The sender has failed or was aborted; at most [`MAX_REASON_BYTES`] of reason follow.
     Abort { epoch: Epoch, reason_bytes: u64 },
 }
@@ -156,21 +151,10 @@ impl Header {
 
     pub(super) fn encode(&self) -> [u8; Self::NUM_BYTES] {
         let (code, root, epoch, sequence, num_bytes, payload) = match *self {
-            Self::Data {
-                operation: o,
-                payload_bytes,
-            } => (
-                kind_code(o.kind),
-                o.root.0,
-                o.epoch.0,
-                o.sequence,
-                o.num_bytes,
-                payload_bytes,
-            ),
-            Self::Abort {
-                epoch,
-                reason_bytes,
-            } => (ABORT_CODE, 0, epoch.0, 0, 0, reason_bytes),
+            Self::Data { operation: o, payload_bytes } => {
+                (kind_code(o.kind), o.root.0, o.epoch.0, o.sequence, o.num_bytes, payload_bytes)
+            }
+            Self::Abort { epoch, reason_bytes } => (ABORT_CODE, 0, epoch.0, 0, 0, reason_bytes),
         };
         let mut bytes = [0; Self::NUM_BYTES];
         bytes[..4].copy_from_slice(&MESSAGE);
@@ -192,10 +176,7 @@ impl Header {
         let epoch = Epoch(u64::from_le_bytes(array(bytes, 16)));
         let payload_bytes = u64::from_le_bytes(array(bytes, 40));
         if code == ABORT_CODE {
-            return Some(Self::Abort {
-                epoch,
-                reason_bytes: payload_bytes,
-            });
+            return Some(Self::Abort { epoch, reason_bytes: payload_bytes });
         }
         let operation = Operation {
             kind: kind_of(code)?,
@@ -204,10 +185,7 @@ impl Header {
             sequence: u64::from_le_bytes(array(bytes, 24)),
             num_bytes: u64::from_le_bytes(array(bytes, 32)),
         };
-        Some(Self::Data {
-            operation,
-            payload_bytes,
-        })
+        Some(Self::Data { operation, payload_bytes })
     }
 }
 
@@ -254,23 +232,12 @@ mod tests {
             OperationKind::Barrier,
         ];
         for kind in kinds {
-            let operation = Operation {
-                kind,
-                root: Rank(3),
-                epoch: Epoch(4),
-                sequence: 5,
-                num_bytes: 6,
-            };
-            let header = Header::Data {
-                operation,
-                payload_bytes: 7,
-            };
+            let operation =
+                Operation { kind, root: Rank(3), epoch: Epoch(4), sequence: 5, num_bytes: 6 };
+            let header = Header::Data { operation, payload_bytes: 7 };
             assert_eq!(Header::decode(&header.encode()), Some(header));
         }
-        let abort = Header::Abort {
-            epoch: Epoch(4),
-            reason_bytes: 11,
-        };
+        let abort = Header::Abort { epoch: Epoch(4), reason_bytes: 11 };
         assert_eq!(Header::decode(&abort.encode()), Some(abort));
 
         for code in 0..7 {
@@ -283,10 +250,7 @@ mod tests {
 
     #[test]
     fn other_bytes_are_not_taken_for_ours() {
-        assert_eq!(
-            Hello::decode(&[b'G'; Hello::NUM_BYTES]),
-            Err(BadHello::Stranger)
-        );
+        assert_eq!(Hello::decode(&[b'G'; Hello::NUM_BYTES]), Err(BadHello::Stranger));
         let mut old = Hello {
             nonce: [0; 16],
             epoch: Epoch(1),
@@ -298,11 +262,7 @@ mod tests {
         old[8] = 200;
         assert_eq!(Hello::decode(&old), Err(BadHello::Version));
         assert_eq!(Header::decode(&[0; Header::NUM_BYTES]), None);
-        let mut header = Header::Abort {
-            epoch: Epoch(1),
-            reason_bytes: 0,
-        }
-        .encode();
+        let mut header = Header::Abort { epoch: Epoch(1), reason_bytes: 0 }.encode();
         header[4] = 0x77;
         assert_eq!(Header::decode(&header), None);
         assert_eq!(decode_reply(b"HTTP/1.1"), None);

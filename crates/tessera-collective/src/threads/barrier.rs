@@ -77,9 +77,7 @@ impl Barrier {
     pub(super) fn depart(&self, rank: usize) {
         let mark = rank as u32 + 1;
         // Only the first is worth naming; the others leave because of it or after it.
-        let _ = self
-            .departed
-            .compare_exchange(0, mark, Ordering::AcqRel, Ordering::Acquire);
+        let _ = self.departed.compare_exchange(0, mark, Ordering::AcqRel, Ordering::Acquire);
         self.sleepers.wake();
     }
 
@@ -167,9 +165,6 @@ impl Barrier {
     /// Ranks that have not entered the round after `generation`.
     fn late(&self, generation: u64) -> Vec<Rank> {
         let is_late = |rank: &usize| self.entered[*rank].load(Ordering::Relaxed) <= generation;
-        (0..self.entered.len())
-            .filter(is_late)
-            .map(|rank| Rank(rank as u32))
-            .collect()
+        (0..self.entered.len()).filter(is_late).map(|rank| Rank(rank as u32)).collect()
     }
 }

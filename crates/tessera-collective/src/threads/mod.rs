@@ -27,11 +27,7 @@ use barrier::{Barrier, Outcome};
 
 /// Communicators of all ranks of a new group, by ascending rank, with their own abort handle.
 pub fn group(world_size: u32, epoch: Epoch) -> Vec<Communicator> {
-    group_with(
-        world_size,
-        &AbortHandle::new(epoch),
-        &CollectiveConfig::default(),
-    )
+    group_with(world_size, &AbortHandle::new(epoch), &CollectiveConfig::default())
 }
 
 /// As [`group`], in the epoch of `abort`, which all ranks share. Ranks that outnumber the cores of this
@@ -43,34 +39,19 @@ pub fn group_with(
     abort: &AbortHandle,
     config: &CollectiveConfig,
 ) -> Vec<Communicator> {
-    assert!(
-        (1..=MAX_WORLD_SIZE).contains(&world_size),
-        "a world of {world_size} ranks"
-    );
+    assert!((1..=MAX_WORLD_SIZE).contains(&world_size), "a world of {world_size} ranks");
     if world_size == 1 {
         return vec![Communicator::alone(abort.clone())];
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let has_cores = world_size as usize <= cores;
-    let spin = if has_cores {
-        config.spin()
-    } else {
-        Duration::ZERO
-    };
+    let spin = if has_cores { config.spin() } else { Duration::ZERO };
     let group = Arc::new(Group::new(world_size as usize));
     abort.attach(group.barrier.sleepers());
     let communicator = |rank: u32| {
-        let seat = Seat {
-            rank: rank as usize,
-            abort: abort.clone(),
-            spin,
-            timeout: config.timeout(),
-        };
-        let transport = ThreadTransport {
-            group: Arc::clone(&group),
-            seat,
-            sequence: 0,
-        };
+        let seat =
+            Seat { rank: rank as usize, abort: abort.clone(), spin, timeout: config.timeout() };
+        let transport = ThreadTransport { group: Arc::clone(&group), seat, sequence: 0 };
         Communicator::new(Rank(rank), world_size, abort.clone(), Box::new(transport))
     };
     (0..world_size).map(communicator).collect()
@@ -116,18 +97,9 @@ struct Seat {
 
 impl Group {
     fn new(world_size: usize) -> Self {
-        let slot = || {
-            RwLock::new(Slot {
-                operation: None,
-                floats: Vec::new(),
-                num_bytes: 0,
-            })
-        };
+        let slot = || RwLock::new(Slot { operation: None, floats: Vec::new(), num_bytes: 0 });
         let row = || (0..world_size).map(|_| slot()).collect();
-        Self {
-            barrier: Barrier::new(world_size),
-            slots: [row(), row()],
-        }
+        Self { barrier: Barrier::new(world_size), slots: [row(), row()] }
     }
 
     /// One round: publishes `payload` and returns every rank's slot, by ascending rank. All operations
@@ -140,38 +112,24 @@ impl Group {
     ) -> Result<Vec<RwLockReadGuard<'_, Slot>>> {
         let row = &self.slots[operation.sequence as usize % 2];
         let own = row[seat.rank].write();
-        own.unwrap_or_else(PoisonError::into_inner)
-            .write(operation, payload);
+        own.unwrap_or_else(PoisonError::into_inner).write(operation, payload);
 
         let deadline = seat.timeout.map(|timeout| Instant::now() + timeout);
-        match self
-            .barrier
-            .wait(seat.rank, &seat.abort, seat.spin, deadline)
-        {
+        match self.barrier.wait(seat.rank, &seat.abort, seat.spin, deadline) {
             Outcome::Met => {}
             Outcome::Aborted => seat.abort.check()?,
             Outcome::Departed(rank) => return Err(departed(rank)),
             Outcome::TimedOut(waiting_for) => {
-                return Err(CollectiveError::Timeout {
-                    operation,
-                    waiting_for,
-                });
+                return Err(CollectiveError::Timeout { operation, waiting_for });
             }
         }
         let read = |slot| RwLock::read(slot).unwrap_or_else(PoisonError::into_inner);
         let slots: Vec<_> = row.iter().map(read).collect();
         for (rank, slot) in slots.iter().enumerate() {
-            let got = slot
-                .operation
-                .expect("a rank writes its slot before it reaches the barrier");
+            let got = slot.operation.expect("a rank writes its slot before it reaches the barrier");
             if got != operation {
                 let (rank, address) = (Rank(rank as u32), PeerAddress::Thread);
-                return Err(CollectiveError::Mismatch {
-                    rank,
-                    address,
-                    expected: operation,
-                    got,
-                });
+                return Err(CollectiveError::Mismatch { rank, address, expected: operation, got });
             }
         }
         Ok(slots)
@@ -180,11 +138,7 @@ impl Group {
 
 fn departed(rank: Rank) -> CollectiveError {
     let source = io::Error::new(io::ErrorKind::UnexpectedEof, "its communicator was dropped");
-    CollectiveError::PeerLost {
-        rank,
-        address: PeerAddress::Thread,
-        source,
-    }
+    CollectiveError::PeerLost { rank, address: PeerAddress::Thread, source }
 }
 
 struct ThreadTransport {
@@ -201,13 +155,7 @@ impl ThreadTransport {
     fn next(&mut self, kind: OperationKind, root: Rank, num_bytes: usize) -> Operation {
         self.sequence += 1;
         let (epoch, sequence) = (self.seat.abort.epoch(), self.sequence);
-        Operation {
-            kind,
-            root,
-            epoch,
-            sequence,
-            num_bytes: num_bytes as u64,
-        }
+        Operation { kind, root, epoch, sequence, num_bytes: num_bytes as u64 }
     }
 
     fn all_reduce_direct(&mut self, data: &mut [f32]) -> Result<()> {
@@ -224,15 +172,11 @@ impl ThreadTransport {
 
         let scatter = self.next(OperationKind::AllReduce, Rank(0), size_of_val(data));
         let slots = self.group.exchange(&self.seat, scatter, as_bytes(data))?;
-        ordered_sum(&mut data[own.clone()], world_size, |rank| {
-            &slots[rank].floats[own.clone()]
-        });
+        ordered_sum(&mut data[own.clone()], world_size, |rank| &slots[rank].floats[own.clone()]);
         drop(slots);
 
         let gather = self.next(OperationKind::AllReduce, Rank(0), size_of_val(data));
-        let slots = self
-            .group
-            .exchange(&self.seat, gather, as_bytes(&data[own]))?;
+        let slots = self.group.exchange(&self.seat, gather, as_bytes(&data[own]))?;
         for (rank, slot) in slots.iter().enumerate() {
             let part = chunk(num_floats, world_size, rank);
             let num_floats = part.len();
