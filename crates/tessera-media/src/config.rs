@@ -56,7 +56,8 @@ impl MediaLimits {
         Ok(())
     }
 
-    pub(crate) fn check_frames(&self, frames: usize) -> Result<(), MediaError> {
+    /// Refuses an empty list of frames and one that is too long.
+    pub fn check_frames(&self, frames: usize) -> Result<(), MediaError> {
         match frames {
             0 => Err(MediaError::NoFrames),
             _ if frames > self.max_frames as usize => {

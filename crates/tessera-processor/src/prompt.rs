@@ -111,3 +111,88 @@ fn grid_span(description: &MediaDescription, config: &ProcessorConfig) -> Positi
     let step = (description.seconds_per_grid * config.tokens_per_second) as f32;
     PositionSpan::Grid { t: grid.t, h: grid.h / merge, w: grid.w / merge, step }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+    use tessera_media::Size;
+    use tessera_types::{GridThw, Hash256, MediaId, ModelFingerprint, NumericsId};
+
+    fn fixture(path: &str) -> std::path::PathBuf {
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures");
+        std::path::Path::new(root).join(path)
+    }
+
+    fn integer(value: &Value) -> u32 {
+        value.as_u64().unwrap_or_else(|| panic!("{value} is no count")) as u32
+    }
+
+    fn item(span: &Value) -> Option<MediaDescription> {
+        let kind = if span["image"].is_array() { MediaKind::Image } else { MediaKind::Video };
+        let grid = span.get("image").or(span.get("video"))?;
+        let grid = GridThw { t: integer(&grid[0]), h: integer(&grid[1]), w: integer(&grid[2]) };
+        Some(MediaDescription {
+            kind,
+            media_id: MediaId::default(),
+            frame_indices: Vec::new(),
+            source: Size::new(1, 1),
+            resized: Size::new(grid.w * 14, grid.h * 14),
+            grid,
+            num_tokens: grid.num_visual_tokens(2) as u32,
+            seconds_per_grid: span["spg"].as_f64().unwrap_or(0.0),
+        })
+    }
+
+    #[test]
+    fn positions_equal_the_reference_for_every_sequence_of_spans() {
+        let mut config = ProcessorConfig::load(&fixture("tiny")).expect("the tiny checkpoint");
+        let vision = VisionIdentity {
+            weights: ModelFingerprint(Hash256([1; 32])),
+            numerics: NumericsId(Hash256([2; 32])),
+        };
+        let file = std::fs::read(fixture("positions.json")).expect("the fixture");
+        let cases: Vec<Value> = serde_json::from_slice(&file).expect("a list");
+        assert!(!cases.is_empty());
+        for case in cases {
+            config.tokens_per_second = f64::from(integer(&case["tokens_per_second"]));
+            let mut short = ShortPrompt { tokens: Vec::new(), placeholders: Vec::new() };
+            let mut media = Vec::new();
+            for span in case["spans"].as_array().expect("spans") {
+                let Some(item) = item(span) else {
+                    short.tokens.extend(vec![7; integer(&span["text"]) as usize]);
+                    continue;
+                };
+                short.placeholders.push(short.tokens.len());
+                short.tokens.push(pad_of(item.kind, &config));
+                media.push(item);
+            }
+            let prompt = expand(&short, &media, &vision, &config).expect("a valid prompt");
+            assert_eq!(prompt.tokens.len(), integer(&case["tokens"]) as usize, "{}", case["name"]);
+            assert_eq!(Some(prompt.rope_delta()), case["rope_delta"].as_i64(), "{}", case["name"]);
+            let mut positions = Vec::new();
+            prompt.extend_positions(0, prompt.tokens.len(), &mut positions);
+            for axis in 0..3 {
+                let got: Vec<i32> = positions.iter().map(|position| position[axis]).collect();
+                assert_eq!(serde_json::json!(got), case["position_ids"][axis], "{}", case["name"]);
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_prompt_and_a_placeholder_of_the_wrong_kind_are_refused() {
+        let config = ProcessorConfig::load(&fixture("tiny")).expect("the tiny checkpoint");
+        let vision = VisionIdentity {
+            weights: ModelFingerprint::default(),
+            numerics: NumericsId::default(),
+        };
+        let empty = ShortPrompt { tokens: Vec::new(), placeholders: Vec::new() };
+        assert!(matches!(expand(&empty, &[], &vision, &config), Err(ProcessorError::EmptyPrompt)));
+        let video = item(&serde_json::json!({"video": [1, 2, 2], "spg": 1.0})).expect("a video");
+        let wrong = ShortPrompt { tokens: vec![config.special.image_pad], placeholders: vec![0] };
+        assert!(matches!(
+            expand(&wrong, &[video], &vision, &config),
+            Err(ProcessorError::MediaKind { part: 0 })
+        ));
+    }
+}
