@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use tessera_types::Hash256;
+use tessera_types::{Hash256, InstanceId, NumericsId};
 
 use super::*;
 
