@@ -38,9 +38,19 @@ pub enum ModelError {
     #[error(transparent)]
     Weight(#[from] WeightError),
     #[error(transparent)]
-    Kernel(#[from] KernelError),
+    Kernel(KernelError),
     #[error("media item {item} of the batch: {reason}")]
     VisionItem { item: usize, reason: String },
     #[error("a vision batch of {patches} patches exceeds the planned {max_patches}")]
     VisionBatch { patches: u64, max_patches: u32 },
+}
+
+impl From<KernelError> for ModelError {
+    /// A bad weight is the same error whether the model or the backend came upon it.
+    fn from(error: KernelError) -> Self {
+        match error {
+            KernelError::Weight(error) => Self::Weight(error),
+            error => Self::Kernel(error),
+        }
+    }
 }

@@ -10,7 +10,7 @@
 //! - The residual stream is f32. The vision tower is replicated, never split.
 //!
 //! Modules: [`config`] (config.json), [`split`] (what each rank holds), [`weights`] (checkpoints and
-//! random weights, fingerprints), [`tensors`] (published names and shapes), [`parallel`] (column-, row-
+//! random weights, fingerprints), [`source`] (which model is served), [`tensors`] (published names and shapes), [`parallel`] (column-, row-
 //! and vocab-parallel linears), [`decoder`], [`vision`], [`numerics`] (ids of what may change bits),
 //! [`error`].
 
@@ -19,6 +19,7 @@ pub mod decoder;
 pub mod error;
 pub mod numerics;
 pub mod parallel;
+pub mod source;
 pub mod split;
 pub mod tensors;
 pub mod vision;
@@ -27,6 +28,7 @@ pub mod weights;
 pub use config::{ModelConfig, TextConfig, VisionConfig};
 pub use decoder::Decoder;
 pub use error::{ModelError, Result};
+pub use source::ModelSource;
 pub use split::{Shard, SplitError, TpSplit};
 pub use vision::{VisionItem, VisionTower, WindowOrder, window_order};
 pub use weights::{WeightSource, Weights};

@@ -140,12 +140,14 @@ mod tests {
         ]
     }
 
+    type Axis = fn(&TpSplit) -> &Shard;
+
     #[test]
     fn ranks_cover_every_axis_once_in_order() {
         for config in models() {
             for world_size in 1..=16 {
                 let Ok(splits) = splits(&config, world_size) else { continue };
-                let axes: [(fn(&TpSplit) -> &Shard, usize); 3] = [
+                let axes: [(Axis, usize); 3] = [
                     (|split| &split.query_heads, config.num_heads),
                     (|split| &split.mlp, config.intermediate_size),
                     (|split| &split.vocab, config.vocab_size),

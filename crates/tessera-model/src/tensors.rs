@@ -114,3 +114,64 @@ pub fn patch_embed_shape(config: &VisionConfig) -> [usize; 5] {
     let side = config.patch_size;
     [config.hidden_size, config.in_channels, config.temporal_patch_size, side, side]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn count(layers: usize, tied: bool) -> usize {
+        let text = TextConfig {
+            hidden_size: 2048,
+            num_layers: layers,
+            num_heads: 16,
+            num_kv_heads: 2,
+            head_dim: 128,
+            intermediate_size: 11008,
+            vocab_size: 151936,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e6,
+            mrope_section: [16, 24, 24],
+            max_position_embeddings: 128000,
+            tie_word_embeddings: tied,
+        };
+        let vision = VisionConfig {
+            depth: 32,
+            hidden_size: 1280,
+            num_heads: 16,
+            intermediate_size: 3420,
+            out_hidden_size: 2048,
+            in_channels: 3,
+            patch_size: 14,
+            spatial_merge_size: 2,
+            temporal_patch_size: 2,
+            window_size: 112,
+            full_attention_blocks: vec![7, 15, 23, 31],
+            tokens_per_second: 2.0,
+        };
+        language(&text).len() + self::vision(&vision).len()
+    }
+
+    #[test]
+    fn the_lists_are_as_long_as_the_published_checkpoints() {
+        assert_eq!(count(36, true), 824, "3B");
+        assert_eq!(count(28, false), 729, "7B");
+        assert_eq!(count(80, false), 1353, "72B");
+    }
+
+    #[test]
+    fn both_naming_styles_mean_the_same_tensor() {
+        for (published, name) in [
+            (
+                "model.language_model.layers.3.mlp.up_proj.weight",
+                "model.layers.3.mlp.up_proj.weight",
+            ),
+            ("model.language_model.norm.weight", FINAL_NORM),
+            ("model.visual.merger.ln_q.weight", MERGER_NORM),
+            ("visual.merger.ln_q.weight", MERGER_NORM),
+            ("model.embed_tokens.weight", "model.embed_tokens.weight"),
+            ("lm_head.weight", "lm_head.weight"),
+        ] {
+            assert_eq!(canonical(published), name);
+        }
+    }
+}

@@ -72,5 +72,5 @@ fn windows(len: u64) -> Vec<(u64, u64)> {
         return vec![(0, len)];
     }
     let room = len - WINDOW_BYTES;
-    (0..NUM_WINDOWS).map(|i| (room / (NUM_WINDOWS - 1) * i, WINDOW_BYTES)).collect()
+    (0..NUM_WINDOWS).map(|i| (room * i / (NUM_WINDOWS - 1), WINDOW_BYTES)).collect()
 }

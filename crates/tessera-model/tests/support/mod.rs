@@ -1,6 +1,7 @@
 //! What the integration tests share: golden fixtures, and a minimal driver for one sequence.
 #![allow(dead_code)] // Each test binary uses its part.
 
+pub mod checkpoint;
 pub mod fixture;
 pub mod generate;
 
