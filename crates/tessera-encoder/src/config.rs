@@ -1,13 +1,12 @@
 //! Settings of an encoder worker.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tessera_media::MediaLimits;
-use tessera_membership::StoreEndpoint;
-use tessera_model::WeightSource;
+use tessera_membership::ClusterAddress;
+use tessera_model::ModelSource;
 use tessera_telemetry::AdminConfig;
 
 use crate::error::EncoderError;
@@ -44,35 +43,12 @@ pub struct EncoderConfig {
     pub max_item_pixels: u64,
     /// Frames of one video.
     pub max_frames: u32,
-    /// What all roles share; the binary fills it in.
+    /// Where the cluster's records are. Shared by all roles; the binary fills it in.
     #[serde(skip)]
-    pub shared: SharedConfig,
-}
-
-/// What every worker of a cluster is told alike.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SharedConfig {
-    /// Name of the cluster in the store.
-    pub cluster: String,
-    /// Members of the store.
-    pub endpoints: Vec<StoreEndpoint>,
-    /// Model directory in Hugging Face layout.
-    pub model: PathBuf,
-    /// Name that clients use for the model.
-    pub model_name: String,
-    pub weights: WeightSource,
-}
-
-impl Default for SharedConfig {
-    fn default() -> Self {
-        Self {
-            cluster: "default".into(),
-            endpoints: Vec::new(),
-            model: PathBuf::new(),
-            model_name: String::new(),
-            weights: WeightSource::Checkpoint(PathBuf::new()),
-        }
-    }
+    pub cluster: ClusterAddress,
+    /// What is served. Shared by all roles; the binary fills it in.
+    #[serde(skip)]
+    pub model: ModelSource,
 }
 
 impl Default for EncoderConfig {
@@ -93,7 +69,8 @@ impl Default for EncoderConfig {
             max_item_bytes: limits.max_bytes,
             max_item_pixels: limits.max_pixels,
             max_frames: limits.max_frames,
-            shared: SharedConfig::default(),
+            cluster: ClusterAddress::default(),
+            model: ModelSource::default(),
         }
     }
 }

@@ -37,7 +37,7 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
-pub use crate::config::{EncoderConfig, SharedConfig};
+pub use crate::config::EncoderConfig;
 pub use crate::error::EncoderError;
 use crate::member::Member;
 use crate::metrics::EncoderMetrics;
@@ -65,14 +65,14 @@ pub async fn run(
     let address = listener
         .local_addr()
         .map_err(|source| EncoderError::Listen { address: config.listen, source })?;
-    let shared = config.shared.clone();
-    let model =
-        ModelConfig::from_dir(&shared.model).map_err(|error| EncoderError::Model(error.into()))?;
-    let processor = tessera_processor::ProcessorConfig::load(&shared.model)
+    let source = config.model.clone();
+    let model = ModelConfig::from_dir(&source.directory)
         .map_err(|error| EncoderError::Model(error.into()))?;
-    let identity = tower::identify(&model, &shared.weights)?;
+    let processor = tessera_processor::ProcessorConfig::load(&source.directory)
+        .map_err(|error| EncoderError::Model(error.into()))?;
+    let identity = tower::identify(&model, &source.weights)?;
     let max_patches = config.max_batch_patches;
-    let load = move || tower::load(&model, &shared.weights, max_patches);
+    let load = move || tower::load(&model, &source.weights, max_patches);
     let vision = VisionHandle::start(load, max_patches, metrics.clone()).await?;
     let service = EncoderService::new(config.clone(), identity, processor.recipe, vision, metrics);
 

@@ -37,14 +37,14 @@ impl Member {
         identity: &Identity,
     ) -> Result<Self, EncoderError> {
         let instance = InstanceId::random();
-        let cluster = ClusterName::new(&config.shared.cluster).map_err(membership_error)?;
+        let cluster = ClusterName::new(&config.cluster.name).map_err(membership_error)?;
         let key = Keys::new(cluster).member(instance);
         let info = MemberInfo {
             instance,
             address: config.advertise.clone().unwrap_or_else(|| address.to_string()),
             build: env!("CARGO_PKG_VERSION").into(),
             model: Some(ModelIdentity {
-                name: config.shared.model_name.clone(),
+                name: config.model.name.clone(),
                 language_fingerprint: identity.language_fingerprint,
                 vision_fingerprint: identity.vision_fingerprint,
                 language_numerics: NumericsId::default(),
@@ -57,7 +57,7 @@ impl Member {
                 cache_bytes: config.cache_bytes,
             }),
         };
-        let store = StoreConfig::new(config.shared.endpoints.clone());
+        let store = StoreConfig::new(config.cluster.endpoints.clone());
         let ttl = Duration::from_secs(u64::from(config.lease_ttl_seconds));
         let registration =
             Membership::register(store, key, info.to_bytes(), ttl).map_err(membership_error)?;

@@ -1,0 +1,158 @@
+//! Settings of one process of a decoder group.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use tessera_membership::ClusterAddress;
+use tessera_model::ModelSource;
+use tessera_telemetry::AdminConfig;
+
+use crate::error::DecoderError;
+
+/// What a decoder process needs to know. Times are in milliseconds, sizes in bytes unless the name says
+/// otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DecoderConfig {
+    /// gRPC address; port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// host:port under which routers and the group's other processes reach this one; default: the bound
+    /// address.
+    pub advertise: Option<String>,
+    pub admin: AdminConfig,
+    /// Name of the group.
+    pub group: String,
+    /// Which contiguous run of ranks this process holds; slot 0 leads.
+    pub slot: u32,
+    /// Tensor-parallel degree of the group.
+    pub tp: u32,
+    /// Ranks in each process of the group.
+    pub ranks_per_process: u32,
+    /// Directory of the slot's lock, shared by successive processes of a slot on one host. Holding it, a
+    /// new process takes its predecessor's place without waiting for the lease to expire. Empty: no lock.
+    pub state_dir: PathBuf,
+    /// Tokens per KV block.
+    pub block_size: u32,
+    /// Memory for the KV cache of each rank.
+    pub kv_cache_bytes: u64,
+    /// Prompt plus output of one sequence, in tokens; 0: the checkpoint's context.
+    pub max_model_len: u32,
+    /// Sequences in one step.
+    pub max_sequences: u32,
+    /// Sequences that may wait; one more is refused.
+    pub max_waiting: u32,
+    /// Tokens computed in one step.
+    pub max_tokens_per_step: u32,
+    /// Steps in flight: 2 overlaps scheduling with computing, 1 does not.
+    pub pipeline_depth: u32,
+    /// Embeddings held by rank 0, those under way included.
+    pub max_embedding_bytes: u64,
+    /// Longest pull of one embedding; then it is asked for again.
+    pub fetch_timeout_ms: u32,
+    /// Pulls of one item before its request fails.
+    pub max_fetches: u32,
+    /// Lease of the member record.
+    pub lease_ttl_seconds: u32,
+    /// At shutdown, how long running sequences may go on.
+    pub drain_ms: u32,
+    /// Where the cluster's records are. Shared by all roles; the binary fills it in.
+    #[serde(skip)]
+    pub cluster: ClusterAddress,
+    /// What is served. Shared by all roles; the binary fills it in.
+    #[serde(skip)]
+    pub model: ModelSource,
+}
+
+impl Default for DecoderConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            admin: AdminConfig::default(),
+            group: "g0".into(),
+            slot: 0,
+            tp: 1,
+            ranks_per_process: 1,
+            state_dir: PathBuf::new(),
+            block_size: 16,
+            kv_cache_bytes: 256 << 20,
+            max_model_len: 0,
+            max_sequences: 64,
+            max_waiting: 256,
+            max_tokens_per_step: 64,
+            pipeline_depth: 2,
+            max_embedding_bytes: 1 << 30,
+            fetch_timeout_ms: 10_000,
+            max_fetches: 3,
+            lease_ttl_seconds: 10,
+            drain_ms: 5_000,
+            cluster: ClusterAddress::default(),
+            model: ModelSource::default(),
+        }
+    }
+}
+
+impl DecoderConfig {
+    /// Processes in the group.
+    pub fn num_slots(&self) -> u32 {
+        self.tp / self.ranks_per_process.max(1)
+    }
+
+    /// First rank of this process.
+    pub fn first_rank(&self) -> u32 {
+        self.slot * self.ranks_per_process
+    }
+
+    /// Refuses settings that contradict each other.
+    ///
+    /// # Errors
+    /// Names the field.
+    pub fn validate(&self) -> Result<(), DecoderError> {
+        let check = |holds: bool, field: &'static str, reason: &str| match holds {
+            true => Ok(()),
+            false => Err(DecoderError::Config { field, reason: reason.into() }),
+        };
+        check(self.tp >= 1, "decoder.tp", "must be at least 1")?;
+        let divides = self.ranks_per_process >= 1 && self.tp.is_multiple_of(self.ranks_per_process);
+        check(divides, "decoder.ranks_per_process", "must divide decoder.tp")?;
+        check(
+            self.slot < self.num_slots(),
+            "decoder.slot",
+            "must be below tp / ranks_per_process",
+        )?;
+        check(self.block_size >= 1, "decoder.block_size", "must be at least 1")?;
+        check(self.kv_cache_bytes >= 1, "decoder.kv_cache_bytes", "must be at least 1")?;
+        check(self.max_sequences >= 1, "decoder.max_sequences", "must be at least 1")?;
+        check(self.max_tokens_per_step >= 1, "decoder.max_tokens_per_step", "must be at least 1")?;
+        let depth = (1..=2).contains(&self.pipeline_depth);
+        check(depth, "decoder.pipeline_depth", "must be 1 or 2")?;
+        check(self.max_embedding_bytes >= 1, "decoder.max_embedding_bytes", "must be at least 1")?;
+        check(self.fetch_timeout_ms >= 1, "decoder.fetch_timeout_ms", "must be at least 1")?;
+        check(self.max_fetches >= 1, "decoder.max_fetches", "must be at least 1")?;
+        check(self.lease_ttl_seconds >= 1, "decoder.lease_ttl_seconds", "must be at least 1")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contradictions_are_refused_by_name() {
+        assert!(DecoderConfig::default().validate().is_ok());
+        type Edit = fn(&mut DecoderConfig);
+        let cases: [(&str, Edit); 4] = [
+            ("decoder.tp", |c| c.tp = 0),
+            ("decoder.ranks_per_process", |c| (c.tp, c.ranks_per_process) = (4, 3)),
+            ("decoder.slot", |c| (c.tp, c.slot) = (2, 2)),
+            ("decoder.pipeline_depth", |c| c.pipeline_depth = 3),
+        ];
+        for (field, edit) in cases {
+            let mut config = DecoderConfig::default();
+            edit(&mut config);
+            let error = config.validate().expect_err(field);
+            assert!(error.to_string().starts_with(field), "{error}");
+        }
+    }
+}
