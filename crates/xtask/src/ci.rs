@@ -1,0 +1,70 @@
+//! Everything that must hold before a change is merged, in the order of rising cost.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use crate::{cargo, tidy};
+
+/// Commands and their arguments to cargo; `tidy` runs after the second.
+const FORMAT: &[&str] = &["fmt", "--all", "--check"];
+const CLIPPY: &[&str] =
+    &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
+const TEST: &[&str] = &["test", "--workspace", "--locked"];
+
+/// Runs all stages, printing each with its time; whether all passed. Stops at the first that fails.
+pub fn run(root: &Path) -> bool {
+    let begin = Instant::now();
+    let passed = stage("rustfmt", || command(root, FORMAT))
+        && stage("clippy", || command(root, CLIPPY))
+        && stage("tidy", || tidy::run(root))
+        && stage("test", || command(root, TEST));
+    let verdict = if passed { "passed" } else { "failed" };
+    println!("ci {verdict} after {:.1} s", begin.elapsed().as_secs_f64());
+    passed
+}
+
+fn stage(name: &str, body: impl FnOnce() -> bool) -> bool {
+    println!("== {name}");
+    let begin = Instant::now();
+    let passed = body();
+    let verdict = if passed { "passed" } else { "FAILED" };
+    println!("== {name} {verdict} in {:.1} s", begin.elapsed().as_secs_f64());
+    passed
+}
+
+fn command(root: &Path, arguments: &[&str]) -> bool {
+    match Command::new(cargo()).args(arguments).current_dir(root).status() {
+        Ok(status) => status.success(),
+        Err(error) => {
+            eprintln!("cargo {}: {error}", arguments.join(" "));
+            false
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[test]
+    fn a_failed_stage_stops_what_follows() {
+        let ran = RefCell::new(Vec::new());
+        let run = |name: &'static str, passes| {
+            stage(name, || {
+                ran.borrow_mut().push(name);
+                passes
+            })
+        };
+        assert!(!(run("first", true) && run("second", false) && run("third", true)));
+        assert_eq!(*ran.borrow(), ["first", "second"]);
+    }
+
+    #[test]
+    fn a_command_that_fails_fails_its_stage() {
+        assert!(!command(Path::new("."), &["no-such-command"]));
+        assert!(command(Path::new("."), &["--version"]));
+    }
+}
