@@ -51,6 +51,11 @@ impl Fence {
             let ours = self.group.to_string();
             return Err(Refusal::ForeignGroup { ours, theirs: group.to_owned() });
         }
+        self.check_epoch(epoch)
+    }
+
+    /// The same for what needs no names any more, such as an event of our own engine.
+    pub fn check_epoch(&self, epoch: Epoch) -> Result<(), Refusal> {
         match epoch.cmp(&self.epoch) {
             std::cmp::Ordering::Equal if self.epoch > Epoch(0) => Ok(()),
             std::cmp::Ordering::Less => {

@@ -7,13 +7,14 @@
 //! /tessera/{cluster}/groups/{group}/id/{epoch}                IdRecord, under rank 0's lease
 //! /tessera/{cluster}/groups/{group}/active                    ActiveRecord, what routers read
 //! /tessera/{cluster}/drain                                    InstanceId, under the holder's lease
+//! /tessera/{cluster}/canary/{fingerprint}/{numerics}          CanaryRecord, written by the first group
 //! ```
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use tessera_types::{Epoch, InstanceId};
+use tessera_types::{Epoch, InstanceId, ModelFingerprint, NumericsId};
 
 use crate::error::ClusterError;
 
@@ -98,6 +99,7 @@ pub enum StoreKey {
     Id { group: GroupName, epoch: Epoch },
     Active(GroupName),
     DrainLock,
+    Canary { fingerprint: ModelFingerprint, numerics: NumericsId },
 }
 
 /// Writes and reads the keys of one cluster.
@@ -164,6 +166,11 @@ impl Keys {
         format!("{}drain", self.prefix)
     }
 
+    /// Key of the tokens that the canary prompt gives with these weights and numerics.
+    pub fn canary(&self, fingerprint: ModelFingerprint, numerics: NumericsId) -> String {
+        format!("{}canary/{fingerprint}/{numerics}", self.prefix)
+    }
+
     /// Writes any key.
     pub fn format(&self, key: &StoreKey) -> String {
         match key {
@@ -173,6 +180,7 @@ impl Keys {
             StoreKey::Id { group, epoch } => self.id(group, *epoch),
             StoreKey::Active(group) => self.active(group),
             StoreKey::DrainLock => self.drain_lock(),
+            StoreKey::Canary { fingerprint, numerics } => self.canary(*fingerprint, *numerics),
         }
     }
 
@@ -184,6 +192,16 @@ impl Keys {
         match parts[..] {
             ["drain"] => Some(StoreKey::DrainLock),
             ["members", instance] => Some(StoreKey::Member(parse_instance(instance)?)),
+            ["canary", fingerprint, numerics] => Some(StoreKey::Canary {
+                fingerprint: fingerprint
+                    .parse()
+                    .ok()
+                    .filter(|f: &ModelFingerprint| f.to_string() == fingerprint)?,
+                numerics: numerics
+                    .parse()
+                    .ok()
+                    .filter(|n: &NumericsId| n.to_string() == numerics)?,
+            }),
             ["groups", group, ref rest @ ..] => parse_group_key(GroupName::new(group).ok()?, rest),
             _ => None,
         }
@@ -216,6 +234,8 @@ fn parse_instance(text: &str) -> Option<InstanceId> {
 
 #[cfg(test)]
 mod tests {
+    use tessera_types::Hash256;
+
     use super::*;
 
     fn keys() -> Keys {
@@ -234,6 +254,10 @@ mod tests {
             StoreKey::Id { group: group.clone(), epoch: Epoch(u64::MAX) },
             StoreKey::Active(group),
             StoreKey::DrainLock,
+            StoreKey::Canary {
+                fingerprint: ModelFingerprint(Hash256([0xab; 32])),
+                numerics: NumericsId(Hash256([7; 32])),
+            },
         ];
         for key in all {
             let text = keys.format(&key);

@@ -56,7 +56,7 @@ pub use keys::{ClusterName, GroupName, Keys, StoreKey};
 pub use leader::Leader;
 pub use lease_keeper::LeaseKeeper;
 pub use records::{
-    ActiveRecord, ActiveState, DecoderCapacity, DecoderMember, EncoderMember, EpochRecord,
+    ActiveRecord, ActiveState, CanaryRecord, DecoderCapacity, DecoderMember, EncoderMember, EpochRecord,
     EpochSpec, IdRecord, MemberInfo, MemberRole, ModelIdentity, ReadyRecord, Record,
     SlotAssignment,
 };

@@ -4,7 +4,7 @@
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tessera_types::{Epoch, Hash256, InstanceId, ModelFingerprint, NumericsId, Rank};
+use tessera_types::{Epoch, Hash256, InstanceId, ModelFingerprint, NumericsId, Rank, TokenId};
 
 use crate::error::ClusterError;
 use crate::keys::GroupName;
@@ -348,6 +348,16 @@ pub enum ActiveState {
     Serving,
     /// Finishes what it has and takes nothing new.
     Draining,
+}
+
+/// Tokens that the canary prompt gives. Every group with the same weights and numerics must agree.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CanaryRecord {
+    pub token_ids: Vec<TokenId>,
+}
+
+impl Record for CanaryRecord {
+    const NAME: &'static str = "canary";
 }
 
 mod hex_bytes {
