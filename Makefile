@@ -11,7 +11,7 @@ up: build
 
 build:
 	@deploy/setup.sh build
-	cargo build --locked --package tessera
+	cargo build --locked --workspace
 
 # Format, lints, layer rules, all Rust tests, then the Python clients against a running cluster.
 test:

@@ -10,7 +10,12 @@ use crate::{cargo, tidy};
 const FORMAT: &[&str] = &["fmt", "--all", "--check"];
 const CLIPPY: &[&str] =
     &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
+/// The end-to-end tests start the program itself, which `cargo test` alone does not build.
+const BUILD: &[&str] = &["build", "--workspace", "--locked"];
 const TEST: &[&str] = &["test", "--workspace", "--locked"];
+/// Interpreter with the clients' packages, made by `deploy/setup.sh test`.
+const PYTHON: &str = ".venv/bin/python";
+const CLIENTS: &[&str] = &["-m", "pytest", "-q", "tests/clients"];
 
 /// Runs all stages, printing each with its time; whether all passed. Stops at the first that fails.
 pub fn run(root: &Path) -> bool {
@@ -18,7 +23,9 @@ pub fn run(root: &Path) -> bool {
     let passed = stage("rustfmt", || command(root, FORMAT))
         && stage("clippy", || command(root, CLIPPY))
         && stage("tidy", || tidy::run(root))
-        && stage("test", || command(root, TEST));
+        && stage("build", || command(root, BUILD))
+        && stage("test", || command(root, TEST))
+        && stage("clients", || program(root, &root.join(PYTHON), CLIENTS));
     let verdict = if passed { "passed" } else { "failed" };
     println!("ci {verdict} after {:.1} s", begin.elapsed().as_secs_f64());
     passed
@@ -34,10 +41,15 @@ fn stage(name: &str, body: impl FnOnce() -> bool) -> bool {
 }
 
 fn command(root: &Path, arguments: &[&str]) -> bool {
-    match Command::new(cargo()).args(arguments).current_dir(root).status() {
+    program(root, cargo().as_ref(), arguments)
+}
+
+fn program(root: &Path, program: &Path, arguments: &[&str]) -> bool {
+    match Command::new(program).args(arguments).current_dir(root).status() {
         Ok(status) => status.success(),
         Err(error) => {
-            eprintln!("cargo {}: {error}", arguments.join(" "));
+            let name = program.file_name().unwrap_or_default().display();
+            eprintln!("{name} {}: {error}; `make test` installs what is missing", arguments.join(" "));
             false
         }
     }

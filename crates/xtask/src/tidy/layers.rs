@@ -10,7 +10,7 @@ use super::metadata::{Package, Workspace};
 /// know each other.
 const LAYERS: &[(u32, &[&str])] = &[
     // L0, words.
-    (0, &["tessera-types", "tessera-faults"]),
+    (0, &["tessera-types"]),
     // L1, logic: processor → media, whose resizing decides the sizes that processor announces.
     (10, &["tessera-scheduler", "tessera-cluster", "tessera-media"]),
     (11, &["tessera-processor"]),
