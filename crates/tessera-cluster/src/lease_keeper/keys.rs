@@ -247,6 +247,7 @@ impl KeyBook {
         self.retry_at = Duration::ZERO;
         self.backoff.reset();
         for own in self.keys.values_mut() {
+            own.standing = None;
             own.was_sent = false;
         }
         for request in std::mem::take(&mut self.leaving).into_values().flatten() {
