@@ -29,8 +29,14 @@ fn put(key: &str, value: &str) -> PbPutRequest {
     PbPutRequest { key: key.into(), value: value.into(), ..PbPutRequest::default() }
 }
 
+/// The next event; one that never comes fails the test.
+async fn next(watch: &mut PrefixWatch) -> WatchEvent {
+    let event = tokio::time::timeout(Duration::from_secs(30), watch.next()).await;
+    event.expect("the watch is silent").expect("the watch does not end")
+}
+
 async fn until_connected(watch: &mut PrefixWatch) {
-    while !matches!(watch.next().await.unwrap(), WatchEvent::Connected { .. }) {}
+    while !matches!(next(watch).await, WatchEvent::Connected { .. }) {}
 }
 
 #[tokio::test]
@@ -54,8 +60,8 @@ async fn one_watch_too_many_is_told_and_gets_its_turn_later() {
     let mut first = store.watch_prefix("a/");
     until_connected(&mut first).await;
     let mut second = store.watch_prefix("b/");
-    assert!(matches!(second.next().await.unwrap(), WatchEvent::Snapshot { .. }));
-    let WatchEvent::Disconnected { error, .. } = second.next().await.unwrap() else {
+    assert!(matches!(next(&mut second).await, WatchEvent::Snapshot { .. }));
+    let WatchEvent::Disconnected { error, .. } = next(&mut second).await else {
         panic!("there is no room for it");
     };
     assert!(matches!(error, StoreError::Refused { code, .. } if code == "ResourceExhausted"));
@@ -87,7 +93,7 @@ async fn a_watch_that_falls_behind_the_history_is_resynced() {
     let listener = TcpListener::bind(addr).await.unwrap();
     let server = EmbeddedStore::serve(listener, shared).unwrap();
     let changes = loop {
-        match watch.next().await.unwrap() {
+        match next(&mut watch).await {
             WatchEvent::Resync { changes, .. } => break changes,
             WatchEvent::Connected { .. } | WatchEvent::Disconnected { .. } => {}
             event => panic!("history is gone, and yet {event:?}"),
@@ -123,7 +129,7 @@ async fn another_store_in_the_same_place_replaces_the_whole_view() {
     let server = EmbeddedStore::serve(listener, other).unwrap();
     let mut told = Vec::new();
     while told.is_empty() {
-        if let WatchEvent::Resync { changes, .. } = watch.next().await.unwrap() {
+        if let WatchEvent::Resync { changes, .. } = next(&mut watch).await {
             told = changes;
         }
     }

@@ -18,7 +18,8 @@ pub(super) enum KeyCall {
 #[derive(Debug)]
 struct OwnKey {
     value: Vec<u8>,
-    /// Counts the values this key was given.
+    /// Names this value among all that any key was ever given, so that the answer to a write of a
+    /// key that was forgotten and came again is not taken for the new one's.
     edition: u64,
     /// The edition that stands in the store under the current lease, and the revision it has.
     standing: Option<(u64, i64)>,
@@ -46,6 +47,7 @@ enum InFlight {
 pub(super) struct KeyBook {
     member_key: String,
     keys: BTreeMap<String, OwnKey>,
+    last_edition: u64,
     /// Keys that may stand in the store and must go, with those who wait for it.
     leaving: BTreeMap<String, Vec<KeyRequestId>>,
     in_flight: Option<(CallId, InFlight)>,
@@ -72,6 +74,7 @@ impl KeyBook {
         };
         Self {
             keys: BTreeMap::from([(member_key.clone(), member)]),
+            last_edition: 1,
             member_key,
             leaving: BTreeMap::new(),
             in_flight: None,
@@ -138,7 +141,8 @@ impl KeyBook {
         });
         if is_new || own.value != value {
             own.value = value;
-            own.edition += 1;
+            self.last_edition += 1;
+            own.edition = self.last_edition;
         }
         match own.standing {
             Some((edition, revision)) if edition == own.edition => {
