@@ -148,7 +148,8 @@ pub trait Backend: Sized + 'static {
     fn plan(&mut self, slots: &[SlotSpec], max: &StepLimits) -> Result<MemoryReport>;
     /// A zeroed cache.
     fn alloc_kv(&mut self, spec: &KvSpec, num_blocks: u32) -> Result<Self::Kv>;
-    /// Installed per epoch; `None` drops the old one and leaves a world of one. Drops captured graphs.
+    /// Installed per epoch; `None` drops the old one and leaves a world of one. Drops captured graphs,
+    /// unread tokens and every sequence of the sampler's table; weights stay.
     fn set_communicator(&mut self, communicator: Option<Communicator>) -> Result<()>;
 
     fn upload(&mut self, inputs: &StepInputs) -> Result<()>;
@@ -161,7 +162,8 @@ pub trait Backend: Sized + 'static {
     fn run(&mut self, key: GraphKey, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()>;
     /// Marks the end of what was enqueued for a step.
     fn submit(&mut self) -> Result<Self::Ticket>;
-    /// Waits for a step. Errors of what it enqueued may appear here first.
+    /// Waits for a step. Errors of what it enqueued may appear here first;
+    /// [`crate::KernelError::DeadlineExceeded`] if it has not completed by `deadline`.
     fn wait(&mut self, ticket: Self::Ticket, deadline: Instant) -> Result<Readback>;
     /// What the producer of this linear's input should write.
     fn input_kind(&self, linear: &Self::Linear) -> ActKind;

@@ -43,7 +43,7 @@ pub(super) fn paged(
                 continue;
             }
             let (keys, values) = kv.gather_head(layer, head, block_table, kv_len, padded)?;
-            let keys = tensor("attention_paged", keys, padded, dim)?;
+            let keys = transposed("attention_paged", keys, padded, dim)?;
             let values = tensor("attention_paged", values, padded, dim)?;
             for first in rows.clone().step_by(QUERY_TILE) {
                 let last = rows.end.min(first + QUERY_TILE);
@@ -81,7 +81,7 @@ pub(super) fn varlen(cu: &[u32], qkv: &[f32], heads: HeadShape, out: &mut [f32])
                 let at = |row: usize| row * 3 * hidden + which * hidden + head * dim;
                 rows.clone().flat_map(|row| &qkv[at(row)..at(row) + dim]).copied().collect()
             };
-            let keys = tensor(operation, part(1), len, dim)?;
+            let keys = transposed(operation, part(1), len, dim)?;
             let values = tensor(operation, part(2), len, dim)?;
             let queries = part(0);
             for (tile, queries) in queries.chunks(QUERY_TILE * dim).enumerate() {
@@ -97,7 +97,8 @@ pub(super) fn varlen(cu: &[u32], qkv: &[f32], heads: HeadShape, out: &mut [f32])
     Ok(())
 }
 
-/// softmax(q·kᵀ / √hd)·v for queries `[M, hd]`; row i sees the first `visible(i)` keys.
+/// softmax(q·k / √hd)·v for queries `[M, hd]`, keys `[hd, L]`, values `[L, hd]`; row i sees the first
+/// `visible(i)` keys.
 fn attend(
     operation: &'static str,
     queries: &[f32],
@@ -107,10 +108,10 @@ fn attend(
     visible: impl Fn(usize) -> usize,
 ) -> Result<Vec<f32>> {
     let rows = queries.len() / dim;
-    let kv_len = keys.dim(0).map_err(host(operation))?;
+    let kv_len = keys.dim(1).map_err(host(operation))?;
     let scale = (dim as f32).powf(-0.5);
     let mut scores = vec![0.0; rows * kv_len];
-    matmul(operation, queries, &keys.t().map_err(host(operation))?, &mut scores)?;
+    matmul(operation, queries, keys, &mut scores)?;
     for (row, scores) in scores.chunks_exact_mut(kv_len).enumerate() {
         let (seen, masked) = scores.split_at_mut(visible(row));
         seen.iter_mut().for_each(|score| *score *= scale);
@@ -132,6 +133,17 @@ fn softmax(scores: &mut [f32]) {
 
 fn tensor(operation: &'static str, values: Vec<f32>, rows: usize, cols: usize) -> Result<Tensor> {
     Tensor::from_vec(values, (rows, cols), &Device::Cpu).map_err(host(operation))
+}
+
+/// `[cols, rows]` from rows.
+fn transposed(
+    operation: &'static str,
+    values: Vec<f32>,
+    rows: usize,
+    cols: usize,
+) -> Result<Tensor> {
+    let tensor = tensor(operation, values, rows, cols)?;
+    tensor.t().and_then(|tensor| tensor.contiguous()).map_err(host(operation))
 }
 
 /// Checks that the local heads of qkv fit the cache; returns nothing else, as shapes carry the rest.

@@ -8,10 +8,11 @@ use crate::error::{KernelError, Result};
 use crate::sampling::math::exp;
 use crate::weights::{LinearSpec, PartLayout, SliceReader, TensorSlice, WeightFormat};
 
-/// A linear in f32: weight `[N, K]`, padding included.
+/// A linear in f32, padding included.
 #[derive(Debug)]
 pub struct ReferenceLinear {
-    weight: Tensor,
+    /// `[K, N]`: the published weight transposed, which spares gemm from packing it on every call.
+    transposed: Tensor,
     bias: Option<Vec<f32>>,
     layout: PartLayout,
     /// Published rows that the first part holds, without padding: the ids of a vocabulary shard.
@@ -46,9 +47,11 @@ impl ReferenceLinear {
             }
             row += part.padded_rows;
         }
-        let weight = Tensor::from_vec(weight, (n, k), &Device::Cpu).map_err(host("load_linear"))?;
+        let weight = Tensor::from_vec(weight, (n, k), &Device::Cpu);
+        let transposed = weight.and_then(|weight| weight.t()?.contiguous());
+        let transposed = transposed.map_err(host("load_linear"))?;
         let first_rows = spec.parts.first().map_or(0..0, |part| part.rows.clone());
-        Ok(Self { weight, bias, layout: spec.layout, first_rows })
+        Ok(Self { transposed, bias, layout: spec.layout, first_rows })
     }
 
     /// y `[M, N]` = x · Wᵀ + bias, then the epilogue.
@@ -59,8 +62,7 @@ impl ReferenceLinear {
         epilogue: Epilogue,
         y: &mut [f32],
     ) -> Result<()> {
-        let transposed = self.weight.t().map_err(host(operation))?;
-        matmul(operation, x, &transposed, y)?;
+        matmul(operation, x, &self.transposed, y)?;
         if let Some(bias) = &self.bias {
             for row in y.chunks_exact_mut(bias.len()) {
                 row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
@@ -97,13 +99,14 @@ impl ReferenceLinear {
         if !self.first_rows.contains(&id) {
             return Ok(false);
         }
-        let row = self.weight.get(id - self.first_rows.start).and_then(|row| row.to_vec1::<f32>());
+        let column = self.transposed.narrow(1, id - self.first_rows.start, 1);
+        let row = column.and_then(|column| column.flatten_all()?.to_vec1::<f32>());
         out.copy_from_slice(&row.map_err(host("embed_merge"))?);
         Ok(true)
     }
 
     pub(super) fn out_features(&self) -> Result<usize> {
-        self.weight.dim(0).map_err(host("out_features"))
+        self.transposed.dim(1).map_err(host("out_features"))
     }
 }
 

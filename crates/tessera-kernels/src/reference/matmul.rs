@@ -1,20 +1,15 @@
 //! The one matrix product of this backend, on top of candle's.
 //!
-//! candle (the crate `gemm`) picks another algorithm for a single row, and cuts K where the caches of
-//! the machine suggest. Either would make a row's bits depend on its batch or on the machine, which
-//! ENGINE §3 forbids. So rows are handed over in tiles of fixed heights, the last padded with zeros,
-//! and K is cut here at fixed places: inside such a piece every output is one chain of fused
-//! multiply-adds over ascending k, whatever the height of the tile.
+//! A row's bits may depend neither on its batch nor on the machine (ENGINE §3). candle (the crate `gemm`)
+//! has several algorithms: for one row, for tiny products, in blocks. With a row-major right operand each
+//! of them makes every output one chain of multiply-adds over ascending k, at any number of rows; a right
+//! operand that is contiguous along K would bring in sums by lanes. Blocks of K follow the caches of the
+//! machine, so K is cut here, at fixed places. The test below holds the crate to this.
 
 use candle_core::{Device, Tensor};
 
 use crate::error::{KernelError, Result};
 
-/// Heights of a row tile, tried in this order; the last takes what is left.
-const TILE_ROWS: [usize; 3] = [256, 64, 16];
-/// Up to this many columns a small tile takes gemm's path for tiny products, which sums in lanes; only
-/// the smallest tile is used then, so that all rows take it.
-const TINY_COLS: usize = 16;
 /// gemm never cuts K at or below this, whatever the caches.
 const PIECE_K: usize = 512;
 
@@ -23,7 +18,7 @@ pub(super) fn host(operation: &'static str) -> impl Fn(candle_core::Error) -> Ke
     move |source| KernelError::Host { operation, source: Box::new(source) }
 }
 
-/// y `[M, N]` = x `[M, K]` · rhs `[K, N]`, rhs of any strides. M follows from the lengths.
+/// y `[M, N]` = x `[M, K]` · rhs `[K, N]`, rhs contiguous. M follows from the lengths.
 pub(super) fn matmul(
     operation: &'static str,
     x: &[f32],
@@ -31,6 +26,7 @@ pub(super) fn matmul(
     y: &mut [f32],
 ) -> Result<()> {
     let (k, n) = rhs.dims2().map_err(host(operation))?;
+    assert!(rhs.is_contiguous(), "{operation}: a transposed view would be summed in another order");
     if n == 0 || y.is_empty() {
         return Ok(());
     }
@@ -39,36 +35,27 @@ pub(super) fn matmul(
         let (expected, found) = (rows * k, x.len());
         return Err(KernelError::Shape { operation, what: "input elements", expected, found });
     }
-    let mut row = 0;
-    while row < rows {
-        let left = rows - row;
-        let smallest = TILE_ROWS[TILE_ROWS.len() - 1];
-        let fits = |tile: &&usize| **tile <= left && n > TINY_COLS;
-        let tile = TILE_ROWS.iter().find(fits).copied().unwrap_or(smallest);
-        let used = tile.min(left);
-        let (x, y) = (&x[row * k..(row + used) * k], &mut y[row * n..(row + used) * n]);
-        matmul_tile(x, tile, rhs, y).map_err(host(operation))?;
-        row += used;
-    }
-    Ok(())
-}
-
-/// One tile: x `[≤ rows, K]`, padded to `rows`.
-fn matmul_tile(x: &[f32], rows: usize, rhs: &Tensor, y: &mut [f32]) -> candle_core::Result<()> {
-    let k = rhs.dim(0)?;
-    let mut padded = x.to_vec();
-    padded.resize(rows * k, 0.0);
-    let x = Tensor::from_vec(padded, (rows, k), &Device::Cpu)?;
-    y.fill(0.0);
-    for start in (0..k).step_by(PIECE_K) {
-        let depth = PIECE_K.min(k - start);
-        let piece = x.narrow(1, start, depth)?.matmul(&rhs.narrow(0, start, depth)?)?;
-        let piece = piece.flatten_all()?.to_vec1::<f32>()?;
-        for (sum, part) in y.iter_mut().zip(&piece) {
-            *sum += part;
+    if n == 1 {
+        // A single column is contiguous along K.
+        let column =
+            rhs.flatten_all().and_then(|rhs| rhs.to_vec1::<f32>()).map_err(host(operation))?;
+        for (y, x) in y.iter_mut().zip(x.chunks_exact(k)) {
+            *y = x.iter().zip(&column).fold(0.0, |sum, (x, w)| x.mul_add(*w, sum));
         }
+        return Ok(());
     }
-    Ok(())
+    let mut pieces = || -> candle_core::Result<()> {
+        let x = Tensor::from_slice(x, (rows, k), &Device::Cpu)?;
+        y.fill(0.0);
+        for start in (0..k).step_by(PIECE_K) {
+            let depth = PIECE_K.min(k - start);
+            let piece = x.narrow(1, start, depth)?.matmul(&rhs.narrow(0, start, depth)?)?;
+            let piece = piece.flatten_all()?.to_vec1::<f32>()?;
+            y.iter_mut().zip(&piece).for_each(|(sum, part)| *sum += part);
+        }
+        Ok(())
+    };
+    pieces().map_err(host(operation))
 }
 
 #[cfg(test)]
@@ -90,16 +77,17 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_alone_and_at_any_place_of_any_batch() {
-        for (n, k) in [(1, 7), (16, 40), (17, 520), (48, 1100), (200, 64)] {
-            let weight = Tensor::from_vec(noise(n * k, 1), (n, k), &Device::Cpu).unwrap();
-            let rows = 256 + 64 + 16 + 5;
+        for (n, k) in
+            [(1, 9), (2, 7), (4, 80), (16, 40), (17, 520), (48, 1100), (200, 64), (2100, 513)]
+        {
+            let weight = Tensor::from_vec(noise(n * k, 1), (k, n), &Device::Cpu).unwrap();
+            let rows = 341;
             let x = noise(rows * k, 2);
             let mut batch = vec![0.0; rows * n];
-            matmul("test", &x, &weight.t().unwrap(), &mut batch).unwrap();
+            matmul("test", &x, &weight, &mut batch).unwrap();
             for row in [0, 1, 15, 100, 255, 256, 319, 320, 335, 336, 340] {
                 let mut alone = vec![0.0; n];
-                matmul("test", &x[row * k..(row + 1) * k], &weight.t().unwrap(), &mut alone)
-                    .unwrap();
+                matmul("test", &x[row * k..(row + 1) * k], &weight, &mut alone).unwrap();
                 assert_eq!(
                     bits(&alone),
                     bits(&batch[row * n..(row + 1) * n]),
@@ -113,12 +101,12 @@ mod tests {
     fn the_product_is_right() {
         let (m, n, k) = (21, 33, 700);
         let (x, w) = (noise(m * k, 3), noise(n * k, 4));
-        let weight = Tensor::from_vec(w.clone(), (n, k), &Device::Cpu).unwrap();
+        let weight = Tensor::from_vec(w.clone(), (k, n), &Device::Cpu).unwrap();
         let mut y = vec![f32::NAN; m * n];
-        matmul("test", &x, &weight.t().unwrap(), &mut y).unwrap();
+        matmul("test", &x, &weight, &mut y).unwrap();
         for (i, value) in y.iter().enumerate() {
             let (row, col) = (i / n, i % n);
-            let products = (0..k).map(|j| f64::from(x[row * k + j]) * f64::from(w[col * k + j]));
+            let products = (0..k).map(|j| f64::from(x[row * k + j]) * f64::from(w[j * n + col]));
             let exact: f64 = products.sum();
             assert!(
                 (f64::from(*value) - exact).abs() < 1e-4,
@@ -129,8 +117,8 @@ mod tests {
 
     #[test]
     fn a_wrong_width_is_refused() {
-        let weight = Tensor::from_vec(noise(6, 1), (2, 3), &Device::Cpu).unwrap();
-        let error = matmul("test", &[0.0; 4], &weight.t().unwrap(), &mut [0.0; 2]).unwrap_err();
+        let weight = Tensor::from_vec(noise(6, 1), (3, 2), &Device::Cpu).unwrap();
+        let error = matmul("test", &[0.0; 4], &weight, &mut [0.0; 2]).unwrap_err();
         assert!(matches!(error, KernelError::Shape { expected: 3, found: 4, .. }));
     }
 }

@@ -163,6 +163,9 @@ impl Backend for ReferenceBackend {
 
     fn set_communicator(&mut self, communicator: Option<Communicator>) -> Result<()> {
         self.communicator = communicator.unwrap_or_else(Communicator::single);
+        self.sampler = Sampler::new(&self.limits);
+        // Tokens of a step that failed half-way must not appear in the next epoch.
+        self.readback = Readback::default();
         Ok(())
     }
 

@@ -2,9 +2,10 @@
 
 use tessera_collective::CollectiveError;
 use tessera_kernels::{
-    Backend, KernelError, KvSpec, ReferenceBackend, RopeSpec, StepInputs, TokenSource, VisionInputs,
+    Backend, KernelError, KvSpec, ReferenceBackend, RopeSpec, SampleRow, SamplerSequence,
+    StepInputs, StepLimits, TokenSource, VisionInputs,
 };
-use tessera_types::{BlockId, SequenceSlot};
+use tessera_types::{BlockId, LateInputs, SamplingParams, SequenceId, SequenceSlot};
 
 use crate::support::*;
 
@@ -134,6 +135,30 @@ fn an_aborted_epoch_fails_the_operation_that_reduces() {
         assert_eq!(operation, "all_reduce_norm");
         assert!(matches!(source, CollectiveError::Aborted { .. }), "{source}");
     }
+}
+
+#[test]
+fn a_new_epoch_starts_without_tokens_of_the_last() {
+    let mut b: ReferenceBackend = planned(StepLimits { num_real_tokens: 8, ..LIMITS });
+    let params = SamplingParams::default();
+    let slot = SequenceSlot(1);
+    let sequence = SamplerSequence {
+        slot,
+        prompt: &[1],
+        output: &[],
+        params: &params,
+        eos_token_ids: &[],
+        seed: 0,
+    };
+    b.sampler_admit(sequence).unwrap();
+    set(&mut b, act(0, 1, 8), &[0.0; 8]);
+    let row = SampleRow { slot, sequence: SequenceId(1), output_index: 0 };
+    b.sample(act(0, 1, 8), &[row], &LateInputs::default()).unwrap();
+    b.set_communicator(None).unwrap();
+    let ticket = b.submit().unwrap();
+    assert_eq!(b.wait(ticket, std::time::Instant::now()).unwrap().tokens, []);
+    let error = b.sample(act(0, 1, 8), &[row], &LateInputs::default()).unwrap_err();
+    assert!(matches!(error, KernelError::VacantSlot { slot: SequenceSlot(1) }));
 }
 
 #[test]
