@@ -9,10 +9,10 @@
 //!   splits and backends agree.
 //! - The residual stream is f32. The vision tower is replicated, never split.
 //!
-//! Modules: [`config`] (config.json), [`split`] (what each rank holds), [`weights`] (checkpoints and
-//! random weights, fingerprints), [`source`] (which model is served), [`tensors`] (published names and shapes), [`parallel`] (column-, row-
-//! and vocab-parallel linears), [`decoder`], [`vision`], [`numerics`] (ids of what may change bits),
-//! [`error`].
+//! Modules: [`config`] (config.json), [`split`] (what each rank holds), [`source`] (which model is served),
+//! [`weights`] (checkpoints and random weights, fingerprints), [`tensors`] (published names and shapes),
+//! [`parallel`] (column-, row- and vocab-parallel linears), [`decoder`], [`vision`], [`numerics`] (ids of
+//! what may change bits), [`error`].
 
 pub mod config;
 pub mod decoder;
