@@ -13,9 +13,9 @@ pub enum RankError {
     #[error("the plan contradicts the sequence table")]
     Table(#[from] TableError),
     #[error("the backend failed")]
-    Kernel(#[from] KernelError),
+    Kernel(#[source] Box<KernelError>),
     #[error("the model could not be loaded")]
-    Model(#[from] ModelError),
+    Model(#[source] Box<ModelError>),
     #[error("the rank has joined no epoch")]
     NoEpoch,
     #[error("step {got} arrived where {expected} was due")]
@@ -28,6 +28,18 @@ pub enum RankError {
     Spawn(#[source] std::io::Error),
     #[error("the thread of the rank ended while loading")]
     LoadPanicked,
+}
+
+impl From<KernelError> for RankError {
+    fn from(error: KernelError) -> Self {
+        Self::Kernel(Box::new(error))
+    }
+}
+
+impl From<ModelError> for RankError {
+    fn from(error: ModelError) -> Self {
+        Self::Model(Box::new(error))
+    }
 }
 
 /// Why a step, or the change of an epoch, failed. All but [`ExecutorError::NotReady`] end the epoch.

@@ -156,8 +156,9 @@ impl EngineHandle {
         Ok(sequence)
     }
 
-    /// The embedding `[rows, hidden]` of an item that was asked for, row-major f32. It serves every
-    /// sequence that needs the same embedding.
+    /// The embedding `[rows, hidden]` of an item that was asked for by [`crate::Event::MediaNeeded`],
+    /// row-major f32. It serves every sequence that needs the same embedding. One that nobody waits for,
+    /// since it came twice or was never asked for, is dropped.
     pub fn media_arrived(
         &self,
         sequence: SequenceId,

@@ -1,3 +1,5 @@
 //! The engine over an executor made of hashes, and over real ranks of the reference backend.
 
+mod golden;
+mod ranks;
 mod turns;
