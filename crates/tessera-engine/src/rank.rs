@@ -148,9 +148,11 @@ impl<B: Backend> RankWorker<B> {
             block_size: self.block_size,
         };
         let abort = communicator.abort_handle();
+        // KV first: if it can't be had, the communicator is dropped and peers notice at once.
+        let kv = self.backend.alloc_kv(&self.decoder.kv_spec(self.block_size), num_blocks)?;
         self.backend.set_communicator(Some(communicator))?;
         self.epoch = Some(RankEpoch {
-            kv: self.backend.alloc_kv(&self.decoder.kv_spec(self.block_size), num_blocks)?,
+            kv,
             table: SequenceTable::new(limits, epoch),
             abort,
             forwarded: None,
