@@ -51,9 +51,7 @@ pub struct AdminServer {
 
 impl std::fmt::Debug for AdminServer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("AdminServer")
-            .field("address", &self.address)
-            .finish_non_exhaustive()
+        f.debug_struct("AdminServer").field("address", &self.address).finish_non_exhaustive()
     }
 }
 
@@ -73,13 +71,8 @@ impl AdminServer {
         registry: Registry,
         readiness: Arc<dyn Readiness>,
     ) -> Result<Self, TelemetryError> {
-        let listen_error = |source| TelemetryError::Listen {
-            address: config.listen,
-            source,
-        };
-        let listener = TcpListener::bind(config.listen)
-            .await
-            .map_err(listen_error)?;
+        let listen_error = |source| TelemetryError::Listen { address: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(listen_error)?;
         Self::from_listener(listener, registry, readiness)
     }
 
@@ -93,20 +86,13 @@ impl AdminServer {
         readiness: Arc<dyn Readiness>,
     ) -> Result<Self, TelemetryError> {
         let address = listener.local_addr().map_err(TelemetryError::Serve)?;
-        let state = AdminState {
-            registry,
-            readiness,
-        };
+        let state = AdminState { registry, readiness };
         let router = Router::new()
             .route("/metrics", get(metrics))
             .route("/livez", get(livez))
             .route("/readyz", get(readyz))
             .with_state(state);
-        Ok(Self {
-            listener,
-            address,
-            router,
-        })
+        Ok(Self { listener, address, router })
     }
 
     /// Where it listens.
@@ -180,15 +166,10 @@ mod tests {
         let asked = Arc::clone(&ready);
         let readiness = move || match asked.load(Ordering::Relaxed) {
             true => ReadyState::Ready,
-            false => ReadyState::NotReady {
-                reason: "no group serves".to_owned(),
-            },
+            false => ReadyState::NotReady { reason: "no group serves".to_owned() },
         };
         let registry = Registry::new();
-        registry
-            .counter("tessera_test_probes_total", "Probes.")
-            .expect("registers")
-            .inc();
+        registry.counter("tessera_test_probes_total", "Probes.").expect("registers").inc();
         let server = AdminServer::bind(&AdminConfig::default(), registry, Arc::new(readiness))
             .await
             .expect("binds");
@@ -198,10 +179,7 @@ mod tests {
             let _ = stopped.await;
         }));
 
-        assert_eq!(
-            get(address, "/readyz").await,
-            (503, "no group serves\n".to_owned())
-        );
+        assert_eq!(get(address, "/readyz").await, (503, "no group serves\n".to_owned()));
         assert_eq!(get(address, "/livez").await.0, 200);
         ready.store(true, Ordering::Relaxed);
         assert_eq!(get(address, "/readyz").await.0, 200);

@@ -1,6 +1,6 @@
 //! Sets up tracing for the process: fields, not formatted text, to standard error.
 
-use std::io;
+use std::io::{self, IsTerminal};
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::util::TryInitError;
@@ -16,12 +16,11 @@ use crate::error::TelemetryError;
 pub fn init_tracing(config: &LogConfig) -> Result<(), TelemetryError> {
     let filter = parse_filter(&config.filter)?;
     let layer: Box<dyn Layer<Registry> + Send + Sync> = match config.format {
-        LogFormat::Text => fmt::layer().with_writer(io::stderr).boxed(),
-        LogFormat::Json => fmt::layer()
-            .json()
-            .flatten_event(true)
-            .with_writer(io::stderr)
-            .boxed(),
+        // Colours are for people at a terminal; a collector or a file gets plain text.
+        LogFormat::Text => {
+            fmt::layer().with_ansi(io::stderr().is_terminal()).with_writer(io::stderr).boxed()
+        }
+        LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(io::stderr).boxed(),
     };
     tracing_subscriber::registry()
         .with(layer.with_filter(filter))
@@ -32,10 +31,7 @@ pub fn init_tracing(config: &LogConfig) -> Result<(), TelemetryError> {
 fn parse_filter(filter: &str) -> Result<EnvFilter, TelemetryError> {
     EnvFilter::builder()
         .parse(filter)
-        .map_err(|source| TelemetryError::LogFilter {
-            filter: filter.to_owned(),
-            source,
-        })
+        .map_err(|source| TelemetryError::LogFilter { filter: filter.to_owned(), source })
 }
 
 #[cfg(test)]

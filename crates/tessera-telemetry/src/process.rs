@@ -12,10 +12,8 @@ pub(crate) struct ProcessGauges {
 
 impl ProcessGauges {
     pub(crate) fn register(registry: &prometheus::Registry) -> Result<Self, prometheus::Error> {
-        let resident = IntGauge::new(
-            "process_resident_memory_bytes",
-            "Resident memory size in bytes.",
-        )?;
+        let resident =
+            IntGauge::new("process_resident_memory_bytes", "Resident memory size in bytes.")?;
         let open_fds = IntGauge::new("process_open_fds", "Number of open file descriptors.")?;
         registry.register(Box::new(resident.clone()))?;
         registry.register(Box::new(open_fds.clone()))?;
@@ -45,10 +43,7 @@ mod tests {
 
     #[test]
     fn resident_memory_is_read_in_bytes() {
-        assert_eq!(
-            resident_bytes("VmPeak:\t  99 kB\nVmRSS:\t  12 kB\n"),
-            Some(12 * 1024)
-        );
+        assert_eq!(resident_bytes("VmPeak:\t  99 kB\nVmRSS:\t  12 kB\n"), Some(12 * 1024));
         assert_eq!(resident_bytes("VmPeak:\t 1 kB\n"), None);
     }
 }

@@ -12,9 +12,7 @@ use crate::error::TelemetryError;
 use crate::process::ProcessGauges;
 
 /// Units a histogram may end in; a histogram without a unit is not readable on a dashboard.
-const UNITS: [&str; 6] = [
-    "_seconds", "_bytes", "_tokens", "_pixels", "_items", "_ratio",
-];
+const UNITS: [&str; 6] = ["_seconds", "_bytes", "_tokens", "_pixels", "_items", "_ratio"];
 
 /// The metrics of one process. Cheap to clone; clones share the metrics.
 #[derive(Clone)]
@@ -41,10 +39,7 @@ impl Registry {
         let inner = prometheus::Registry::new();
         let process = ProcessGauges::register(&inner)
             .expect("an empty registry accepts two valid, distinct names");
-        Self {
-            inner,
-            process: Arc::new(process),
-        }
+        Self { inner, process: Arc::new(process) }
     }
 
     /// A count that only grows; the name ends in `_total`.
@@ -124,9 +119,7 @@ impl Registry {
     /// All metrics in the text exposition format.
     pub fn encode(&self) -> Result<String, TelemetryError> {
         self.process.refresh();
-        TextEncoder::new()
-            .encode_to_string(&self.inner.gather())
-            .map_err(TelemetryError::Encode)
+        TextEncoder::new().encode_to_string(&self.inner.gather()).map_err(TelemetryError::Encode)
     }
 
     fn register<M: Collector + Clone + 'static>(
@@ -134,27 +127,18 @@ impl Registry {
         name: &str,
         metric: M,
     ) -> Result<M, TelemetryError> {
-        self.inner
-            .register(Box::new(metric.clone()))
-            .map_err(|e| failed(name, e))?;
+        self.inner.register(Box::new(metric.clone())).map_err(|e| failed(name, e))?;
         Ok(metric)
     }
 }
 
 fn failed(name: &str, source: prometheus::Error) -> TelemetryError {
-    TelemetryError::Register {
-        name: name.to_owned(),
-        source,
-    }
+    TelemetryError::Register { name: name.to_owned(), source }
 }
 
 fn check_name(name: &str) -> Result<(), TelemetryError> {
     let lower = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-    rule(
-        name,
-        name.starts_with("tessera_"),
-        "must start with tessera_",
-    )?;
+    rule(name, name.starts_with("tessera_"), "must start with tessera_")?;
     rule(name, name.chars().all(lower), "must be lower snake case")
 }
 
@@ -172,10 +156,7 @@ fn check_histogram(name: &str) -> Result<(), TelemetryError> {
 fn rule(name: &str, holds: bool, rule: &'static str) -> Result<(), TelemetryError> {
     match holds {
         true => Ok(()),
-        false => Err(TelemetryError::MetricName {
-            name: name.to_owned(),
-            rule,
-        }),
+        false => Err(TelemetryError::MetricName { name: name.to_owned(), rule }),
     }
 }
 
@@ -192,11 +173,7 @@ mod tests {
             .expect("registers");
         requests.with_label_values(&["200"]).inc_by(3);
         let latency = registry
-            .histogram(
-                "tessera_test_latency_seconds",
-                "Latency.",
-                buckets::REQUEST_SECONDS,
-            )
+            .histogram("tessera_test_latency_seconds", "Latency.", buckets::REQUEST_SECONDS)
             .expect("registers");
         latency.observe(0.2);
         let text = registry.encode().expect("encodes");
