@@ -24,9 +24,6 @@ pub struct EngineConfig {
     pub inbox_capacity: usize,
     /// How often a waiting engine looks at the epoch's abort flag.
     pub poll_interval: Duration,
-    /// Longest that ranks may take to leave an epoch after its abort; past it they count as hung and the
-    /// process has to end (CLUSTER §2).
-    pub leave_timeout: Duration,
     pub planted: PlantedFaults,
 }
 
@@ -47,7 +44,6 @@ impl Default for EngineConfig {
             max_embedding_bytes: 1 << 30,
             inbox_capacity: 4096,
             poll_interval: Duration::from_millis(50),
-            leave_timeout: Duration::from_secs(5),
             planted: PlantedFaults::default(),
         }
     }
@@ -66,7 +62,6 @@ impl EngineConfig {
             ("max_embedding_bytes", self.max_embedding_bytes),
             ("inbox_capacity", self.inbox_capacity as u64),
             ("poll_interval", self.poll_interval.as_millis() as u64),
-            ("leave_timeout", self.leave_timeout.as_millis() as u64),
         ];
         match positive.iter().find(|(_, value)| *value == 0) {
             None => Ok(()),

@@ -219,7 +219,7 @@ mod tests {
 
     #[test]
     fn values_are_literals_or_text() {
-        assert_eq!(parse_value("3").to_u128(), Some(3));
+        assert_eq!(parse_value("3").to_i128(), Some(3));
         assert_eq!(parse_value("true").to_bool(), Some(true));
         assert_eq!(parse_value("0.5").to_num().and_then(|n| n.to_f64()), Some(0.5));
         assert_eq!(parse_value("127.0.0.1:80").into_string().as_deref(), Some("127.0.0.1:80"));
