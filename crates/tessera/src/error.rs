@@ -47,6 +47,8 @@ pub enum Error {
     Store(#[from] tessera_membership::EmbeddedError),
     #[error("cannot find this program's own file, which `up` starts again for each role")]
     OwnProgram(#[source] std::io::Error),
+    #[error("{name} does not start; its message is above")]
+    Child { name: String },
     #[error("the cluster was not ready within {seconds} s; see the log above")]
     NotReady { seconds: u64 },
 }

@@ -16,6 +16,9 @@ const MIN_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 /// A child that ran this long starts again without a pause beyond the first.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
+/// A child that exits with an error this many times in a row, each time soon after its start, has a
+/// cause that restarting does not mend.
+const HOPELESS_EXITS: u32 = 3;
 /// Longest line of a child's output that is passed on whole.
 const MAX_LINE_BYTES: usize = 16 << 10;
 
@@ -35,6 +38,8 @@ pub struct ChildSpec {
 pub struct Supervised {
     name: String,
     stop: watch::Sender<bool>,
+    /// Exits with an error in a row, each soon after the start.
+    early_exits: watch::Receiver<u32>,
     task: JoinHandle<()>,
 }
 
@@ -42,9 +47,21 @@ impl Supervised {
     /// Starts the child and keeps it running.
     pub fn start(spec: ChildSpec) -> Self {
         let (stop, stopping) = watch::channel(false);
+        let (exits, early_exits) = watch::channel(0);
         let name = spec.name.clone();
-        let task = tokio::spawn(keep_running(spec, stopping));
-        Self { name, stop, task }
+        let task = tokio::spawn(keep_running(spec, stopping, exits));
+        Self { name, stop, early_exits, task }
+    }
+
+    /// Completes with the child's name when starting it again will not help: a bad setting, a broken
+    /// checkpoint, a port in use. It is started again all the same.
+    pub async fn hopeless(&self) -> String {
+        let mut exits = self.early_exits.clone();
+        if exits.wait_for(|&exits| exits >= HOPELESS_EXITS).await.is_err() {
+            // The task has ended, so the child was stopped: it will not fail any more.
+            std::future::pending::<()>().await;
+        }
+        self.name.clone()
     }
 
     /// SIGTERM, then SIGKILL after the grace; returns when the process is gone.
@@ -57,20 +74,31 @@ impl Supervised {
     }
 }
 
-async fn keep_running(spec: ChildSpec, mut stopping: watch::Receiver<bool>) {
+async fn keep_running(
+    spec: ChildSpec,
+    mut stopping: watch::Receiver<bool>,
+    early_exits: watch::Sender<u32>,
+) {
     let mut backoff = MIN_BACKOFF;
     while !*stopping.borrow() {
         let started = Instant::now();
-        match spawn(&spec) {
+        let failed = match spawn(&spec) {
             Ok(child) => match run_once(&spec, child, &mut stopping).await {
                 Some(status) => {
                     tracing::warn!(child = spec.name, %status, "child exited, restarting");
+                    // A signal says nothing about the next start, an exit code does.
+                    status.code().is_some_and(|code| code != 0)
                 }
                 None => return,
             },
-            Err(error) => tracing::error!(child = spec.name, %error, "child does not start"),
-        }
-        if started.elapsed() >= STABLE_AFTER {
+            Err(error) => {
+                tracing::error!(child = spec.name, %error, "child does not start");
+                true
+            }
+        };
+        let stable = started.elapsed() >= STABLE_AFTER;
+        early_exits.send_modify(|exits| *exits = if failed && !stable { *exits + 1 } else { 0 });
+        if stable {
             backoff = MIN_BACKOFF;
         }
         tokio::select! {
@@ -196,6 +224,7 @@ mod tests {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        assert_eq!(child.hopeless().await, "test");
         child.stop().await;
         let seen = starts();
         assert!(seen >= 3, "started {seen} times");

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use futures::future::join_all;
+use futures::future::{join_all, select_all};
 use tessera_membership::{EmbeddedConfig, EmbeddedStore};
 use tonic::transport::Endpoint;
 use tonic_health::pb::HealthCheckRequest;
@@ -85,22 +85,31 @@ pub async fn up(args: UpArgs) -> Result<()> {
     eprintln!("tessera: starting (model {}, membership {membership})", model.display());
 
     tokio::pin!(shutdown);
-    tokio::select! {
-        () = &mut shutdown => {}
+    let children: Vec<&Supervised> = encoders.iter().chain(&groups).chain(&router).collect();
+    let result = tokio::select! {
+        () = &mut shutdown => Ok(()),
+        // Only until the first time everything works; from then on children are restarted for ever.
+        name = any_hopeless(&children) => Err(Error::Child { name }),
         result = announce(&args) => {
             if let Err(error) = result {
                 eprintln!("tessera: {}", crate::error::chain(&error));
             }
             shutdown.await;
+            Ok(())
         }
-    }
+    };
     for tier in [router, groups, encoders] {
         join_all(tier.into_iter().map(Supervised::stop)).await;
     }
     if let Some(store) = store {
         store.shutdown().await;
     }
-    Ok(())
+    result
+}
+
+/// Name of the first child that will never start.
+async fn any_hopeless(children: &[&Supervised]) -> String {
+    select_all(children.iter().map(|child| Box::pin(child.hopeless()))).await.0
 }
 
 fn check(args: &UpArgs) -> Result<()> {
