@@ -15,15 +15,15 @@
 use std::mem::{self, Discriminant};
 use std::time::Duration;
 
-use tessera_types::{Epoch, InstanceId};
+use tessera_types::Epoch;
 
 use crate::config::FormationConfig;
-use crate::epoch_end::{EndReason, EpochEnd};
+use crate::epoch_end::EndReason;
 use crate::error::ClusterError;
 use crate::keys::{GroupName, Keys};
 use crate::records::{
-    ActiveRecord, ActiveState, DecoderMember, EpochRecord, EpochSpec, IdRecord, MemberInfo,
-    ModelIdentity, ReadyRecord, Record,
+    ActiveRecord, ActiveState, DecoderMember, EpochSpec, IdRecord, MemberInfo, ModelIdentity,
+    ReadyRecord, Record,
 };
 
 mod candidates;

@@ -1,9 +1,12 @@
 //! Settings of one process of a decoder group.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tessera_cluster::{DrainConfig, FormationConfig, StreamConfig};
+use tessera_engine::PlantedFaults;
 use tessera_membership::ClusterAddress;
 use tessera_model::ModelSource;
 use tessera_telemetry::AdminConfig;
@@ -54,7 +57,22 @@ pub struct DecoderConfig {
     pub max_fetches: u32,
     /// Lease of the member record.
     pub lease_ttl_seconds: u32,
-    /// At shutdown, how long running sequences may go on.
+    /// Address by which ranks of other processes reach this process's; default: that of `listen`, or what
+    /// `advertise` resolves to where `listen` names no interface.
+    pub collective_ip: Option<IpAddr>,
+    /// A member of the group that says nothing for this long is frozen.
+    pub silence_timeout_ms: u32,
+    /// Ranks that make no progress for this long although they have work are stuck, unless a layer takes
+    /// an eighth of it.
+    pub stuck_timeout_ms: u32,
+    /// From joining an epoch until it serves.
+    pub forming_timeout_ms: u32,
+    /// Longest that ranks may take to leave an epoch; past it the process ends.
+    pub leave_timeout_ms: u32,
+    /// An idle leader runs the canary this often.
+    pub canary_interval_ms: u32,
+    /// At shutdown, time until this process is gone; what still runs a little before is given up for
+    /// other groups to go on with.
     pub drain_ms: u32,
     /// Where the cluster's records are. Shared by all roles; the binary fills it in.
     #[serde(skip)]
@@ -62,6 +80,9 @@ pub struct DecoderConfig {
     /// What is served. Shared by all roles; the binary fills it in.
     #[serde(skip)]
     pub model: ModelSource,
+    /// Bugs that tests plant. Not a setting.
+    #[serde(skip)]
+    pub planted: PlantedFaults,
 }
 
 impl Default for DecoderConfig {
@@ -78,7 +99,7 @@ impl Default for DecoderConfig {
             block_size: 16,
             kv_cache_bytes: 256 << 20,
             max_model_len: 0,
-            max_sequences: 64,
+            max_sequences: 32,
             max_waiting: 256,
             max_tokens_per_step: 64,
             pipeline_depth: 2,
@@ -86,9 +107,16 @@ impl Default for DecoderConfig {
             fetch_timeout_ms: 10_000,
             max_fetches: 3,
             lease_ttl_seconds: 10,
-            drain_ms: 5_000,
+            collective_ip: None,
+            silence_timeout_ms: 3_000,
+            stuck_timeout_ms: 3_000,
+            forming_timeout_ms: 60_000,
+            leave_timeout_ms: 5_000,
+            canary_interval_ms: 2_000,
+            drain_ms: 8_000,
             cluster: ClusterAddress::default(),
             model: ModelSource::default(),
+            planted: PlantedFaults::default(),
         }
     }
 }
@@ -102,6 +130,28 @@ impl DecoderConfig {
     /// First rank of this process.
     pub fn first_rank(&self) -> u32 {
         self.slot * self.ranks_per_process
+    }
+
+    /// Timing of the plan streams.
+    pub fn stream(&self) -> StreamConfig {
+        StreamConfig {
+            silence_timeout: Duration::from_millis(self.silence_timeout_ms.into()),
+            stuck_timeout: Duration::from_millis(self.stuck_timeout_ms.into()),
+            ..StreamConfig::default()
+        }
+    }
+
+    /// Timing of formation.
+    pub fn formation(&self) -> FormationConfig {
+        FormationConfig {
+            forming_timeout: Duration::from_millis(self.forming_timeout_ms.into()),
+            ..FormationConfig::default()
+        }
+    }
+
+    /// Timing of a drain.
+    pub fn drain(&self) -> DrainConfig {
+        DrainConfig { grace: Duration::from_millis(self.drain_ms.into()), ..DrainConfig::default() }
     }
 
     /// Refuses settings that contradict each other.
@@ -130,7 +180,12 @@ impl DecoderConfig {
         check(self.max_embedding_bytes >= 1, "decoder.max_embedding_bytes", "must be at least 1")?;
         check(self.fetch_timeout_ms >= 1, "decoder.fetch_timeout_ms", "must be at least 1")?;
         check(self.max_fetches >= 1, "decoder.max_fetches", "must be at least 1")?;
-        check(self.lease_ttl_seconds >= 1, "decoder.lease_ttl_seconds", "must be at least 1")
+        check(self.lease_ttl_seconds >= 1, "decoder.lease_ttl_seconds", "must be at least 1")?;
+        check(self.leave_timeout_ms >= 1, "decoder.leave_timeout_ms", "must be at least 1")?;
+        check(self.canary_interval_ms >= 1, "decoder.canary_interval_ms", "must be at least 1")?;
+        check(self.drain_ms >= 1, "decoder.drain_ms", "must be at least 1")?;
+        self.stream().validate()?;
+        Ok(self.formation().validate()?)
     }
 }
 

@@ -13,6 +13,10 @@ use tonic::Status;
 pub enum DecoderError {
     #[error("{field} {reason}")]
     Config { field: &'static str, reason: String },
+    #[error("a setting of the group's protocol is out of range")]
+    Protocol(#[from] tessera_cluster::ClusterError),
+    #[error("{address} is not an address that other ranks can reach")]
+    Unreachable { address: String },
     #[error("the model cannot be loaded")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the engine cannot start")]

@@ -5,8 +5,10 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tessera_cluster::Fence;
 use tessera_engine::{EngineHandle, Event, EventSink, SinkError, Submission, SubmitError};
 use tessera_processor::BlockKeyChain;
 use tessera_proto::common::v1 as common;
@@ -15,11 +17,13 @@ use tessera_proto::{ErrorReason, hash_from_bytes};
 use tessera_types::{Epoch, FinishReason, Prompt, SequenceId};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 use crate::error::{refused, sequence_status, submit_status};
 use crate::fetch::{EncoderPool, FetchError, Wanted};
 use crate::metrics::DecoderMetrics;
+use crate::service::refusal_status;
 
 /// Events beside tokens that one sequence may have: accepted, needed, started, the last.
 const EXTRA_EVENTS: usize = 64;
@@ -42,6 +46,26 @@ pub struct Attempts {
     pub numerics_id: String,
     pub fetch_timeout: Duration,
     pub max_fetches: u32,
+    /// Cancelled when what still runs must go on elsewhere.
+    pub move_rest: CancellationToken,
+    /// Streams that are not over.
+    pub num_open: Arc<AtomicUsize>,
+}
+
+/// Counts a stream while it lasts.
+struct Open(Arc<AtomicUsize>);
+
+impl Open {
+    fn new(num_open: &Arc<AtomicUsize>) -> Self {
+        num_open.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(num_open))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// Events of one sequence, from the engine thread to the stream's task. Never waits.
@@ -56,6 +80,9 @@ impl EventSink for Sink {
     }
 }
 
+/// The end of a pull of one item.
+type Arrival = (u32, Result<Arc<[f32]>, FetchError>);
+
 type Responses = mpsc::Sender<Result<pb::GenerateResponse, Status>>;
 
 /// One attempt in progress.
@@ -64,9 +91,11 @@ struct Attempt {
     sequence: Sequence,
     prompt: Arc<Prompt>,
     attempt: u32,
+    /// The epoch that the router asked for.
+    fence: Fence,
     /// Pulls tried so far, by item.
     fetches: HashMap<u32, u32>,
-    fetched: mpsc::Sender<(u32, Result<Arc<[f32]>, FetchError>)>,
+    fetched: mpsc::Sender<Arrival>,
     responses: Responses,
 }
 
@@ -98,13 +127,17 @@ fn abort(engine: &EngineHandle, id: SequenceId, reason: FinishReason) {
 }
 
 /// Serves one attempt whose first message is `start`. Returns when it is over.
+///
+/// `fence` has admitted `start`; the engine may have gone on to another epoch since.
 pub async fn serve(
     shared: Arc<Attempts>,
+    fence: Fence,
     start: pb::Start,
     mut requests: Streaming<pb::GenerateRequest>,
     responses: Responses,
 ) {
-    let status = match begin(&shared, start, &responses) {
+    let _open = Open::new(&shared.num_open);
+    let status = match begin(&shared, fence, start, &responses) {
         Ok((attempt, events, fetched, deadline)) => {
             attempt.run(&mut requests, events, fetched, deadline).await
         }
@@ -116,14 +149,15 @@ pub async fn serve(
     }
 }
 
-type Begun = (
-    Attempt,
-    mpsc::Receiver<Event>,
-    mpsc::Receiver<(u32, Result<Arc<[f32]>, FetchError>)>,
-    Option<tokio::time::Instant>,
-);
+type Begun =
+    (Attempt, mpsc::Receiver<Event>, mpsc::Receiver<Arrival>, Option<tokio::time::Instant>);
 
-fn begin(shared: &Arc<Attempts>, start: pb::Start, responses: &Responses) -> Result<Begun, Status> {
+fn begin(
+    shared: &Arc<Attempts>,
+    fence: Fence,
+    start: pb::Start,
+    responses: &Responses,
+) -> Result<Begun, Status> {
     let missing = |field| Status::from(tessera_proto::ConvertError::Missing { field });
     let prompt = start.prompt.as_ref().ok_or_else(|| missing("prompt"))?;
     let prompt: Arc<Prompt> = Arc::new(prompt.try_into()?);
@@ -152,6 +186,7 @@ fn begin(shared: &Arc<Attempts>, start: pb::Start, responses: &Responses) -> Res
         shared: shared.clone(),
         prompt,
         attempt: start.attempt,
+        fence,
         fetches: HashMap::new(),
         fetched,
         responses: responses.clone(),
@@ -164,7 +199,7 @@ impl Attempt {
         mut self,
         requests: &mut Streaming<pb::GenerateRequest>,
         mut events: mpsc::Receiver<Event>,
-        mut arrivals: mpsc::Receiver<(u32, Result<Arc<[f32]>, FetchError>)>,
+        mut arrivals: mpsc::Receiver<Arrival>,
         deadline: Option<tokio::time::Instant>,
     ) -> Result<(), Status> {
         let expired = async {
@@ -194,6 +229,10 @@ impl Attempt {
                     // The router is gone or has cancelled the call; dropping self ends the sequence.
                     Some(Err(_)) | None => return Ok(()),
                 },
+                () = self.shared.move_rest.cancelled() => {
+                    let message = "the group drains and the time for running requests is over";
+                    return Err(ErrorReason::Draining.status(message).into());
+                }
                 () = &mut expired, if !is_expired => {
                     is_expired = true;
                     abort(&self.sequence.engine, self.sequence.id, FinishReason::DeadlineExceeded);
@@ -237,6 +276,7 @@ impl Attempt {
         let attempt = self.attempt;
         match event {
             Event::Accepted { epoch } => {
+                self.fence.check_epoch(epoch).map_err(refusal_status)?;
                 let message = accepted(attempt, epoch, &self.shared.numerics_id);
                 self.respond(pb::generate_response::Message::Accepted(message)).await?;
             }

@@ -8,10 +8,11 @@ use tessera_cluster::{Fence, Refusal};
 use tessera_engine::{EngineHandle, EngineLoad};
 use tessera_proto::decoder::v1 as pb;
 use tessera_proto::{ConvertError, ErrorReason};
-use tessera_types::Epoch;
+use tessera_types::{Epoch, InstanceId};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
+use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::generate::{Attempts, RESPONSES_IN_FLIGHT, serve};
@@ -34,16 +35,23 @@ pub struct Standing {
 /// See the module documentation. Cheap to clone.
 #[derive(Clone)]
 pub struct DecoderService {
+    instance: InstanceId,
     standing: watch::Receiver<Standing>,
     engine: Option<EngineHandle>,
     attempts: Option<Arc<Attempts>>,
+    tasks: TaskTracker,
 }
 
 impl DecoderService {
     /// `attempts` is `None` on followers, which serve health only.
-    pub fn new(standing: watch::Receiver<Standing>, attempts: Option<Arc<Attempts>>) -> Self {
+    pub fn new(
+        instance: InstanceId,
+        standing: watch::Receiver<Standing>,
+        attempts: Option<Arc<Attempts>>,
+        tasks: TaskTracker,
+    ) -> Self {
         let engine = attempts.as_ref().map(|attempts| attempts.engine.clone());
-        Self { standing, engine, attempts }
+        Self { instance, standing, engine, attempts, tasks }
     }
 
     fn load_now(&self) -> EngineLoad {
@@ -51,7 +59,7 @@ impl DecoderService {
     }
 
     /// Refuses attempts that are not for the epoch this process leads.
-    fn admit(&self, fence: &pb::Fence) -> Result<Arc<Attempts>, Status> {
+    fn admit(&self, fence: &pb::Fence) -> Result<(Arc<Attempts>, Fence), Status> {
         let standing = self.standing.borrow().clone();
         let epoch = Epoch(fence.epoch);
         standing.fence.check(&fence.cluster, &fence.group, epoch).map_err(refusal_status)?;
@@ -59,7 +67,7 @@ impl DecoderService {
             return Err(ErrorReason::Draining.status("the group is draining").into());
         }
         match &self.attempts {
-            Some(attempts) if standing.takes_attempts => Ok(attempts.clone()),
+            Some(attempts) if standing.takes_attempts => Ok((attempts.clone(), standing.fence)),
             _ => Err(ErrorReason::NotReady
                 .status("this process does not lead a serving epoch")
                 .into()),
@@ -86,12 +94,17 @@ fn load_message(load: &EngineLoad) -> pb::LoadResponse {
     }
 }
 
-fn health_message(standing: &Standing, load: &EngineLoad) -> pb::HealthResponse {
+fn health_message(
+    instance: InstanceId,
+    standing: &Standing,
+    load: &EngineLoad,
+) -> pb::HealthResponse {
     pb::HealthResponse {
         epoch: standing.fence.epoch.0,
         state: standing.state.into(),
         load: Some(load_message(load)),
         steps: load.completed_step.0,
+        instance: instance.to_string(),
     }
 }
 
@@ -112,10 +125,10 @@ impl pb::decoder_server::Decoder for DecoderService {
             return Err(crate::error::refused("start", "the first message must be a start"));
         };
         let fence = start.fence.as_ref().ok_or(ConvertError::Missing { field: "fence" })?;
-        let attempts = self.admit(fence)?;
+        let (attempts, fence) = self.admit(fence)?;
         let (responses, stream) = mpsc::channel(RESPONSES_IN_FLIGHT);
-        // Ends by itself when either side of the stream ends; the server waits for its streams.
-        tokio::spawn(serve(attempts, start, requests, responses));
+        // Ends by itself when either side of the stream ends.
+        self.tasks.spawn(serve(attempts, fence, start, requests, responses));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
@@ -153,7 +166,10 @@ async fn report_health(
 ) {
     let mut standing = service.standing.clone();
     loop {
-        let message = health_message(&standing.borrow_and_update(), &service.load_now());
+        let message = {
+            let now = standing.borrow_and_update();
+            health_message(service.instance, &now, &service.load_now())
+        };
         if messages.send(Ok(message)).await.is_err() {
             return;
         }

@@ -7,12 +7,13 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
-use tessera_types::{Hash256, ModelFingerprint, NumericsId, Rank};
+use tessera_types::{Hash256, InstanceId, ModelFingerprint, NumericsId, Rank};
 use uuid::Uuid;
 
 use super::super::*;
+use crate::epoch_end::EpochEnd;
 use crate::keys::{ClusterName, StoreKey};
-use crate::records::{DecoderCapacity, MemberRole};
+use crate::records::{DecoderCapacity, EpochRecord, MemberRole};
 use crate::seed::mix64;
 
 /// Lease time of a process that died or was frozen.

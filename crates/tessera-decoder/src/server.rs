@@ -1,0 +1,72 @@
+//! The gRPC server of a decoder process.
+
+use std::time::Duration;
+
+use tessera_proto::decoder::v1 as pb;
+use tessera_proto::decoder::v1::decoder_server::DecoderServer;
+use tessera_proto::decoder::v1::group_server::GroupServer;
+use tessera_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+use tonic_health::server::HealthReporter;
+
+use crate::error::DecoderError;
+use crate::plans::GroupService;
+use crate::service::{DecoderService, Standing};
+
+/// Serves until `stop` completes.
+///
+/// # Errors
+/// The listener fails for good.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    decoder: DecoderService,
+    group: GroupService,
+    standing: watch::Receiver<Standing>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), DecoderError> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .expect("the descriptors were generated with the code");
+    let decoder = DecoderServer::new(decoder)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let group = GroupServer::new(group)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let serving = Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(decoder)
+        .add_service(group)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop);
+    tokio::select! {
+        served = serving => served.map_err(DecoderError::Serve),
+        () = report(reporter, standing) => unreachable!("reporting does not end"),
+    }
+}
+
+/// Keeps `grpc.health.v1` equal to the standing. A follower serves while its epoch does.
+async fn report(reporter: HealthReporter, mut standing: watch::Receiver<Standing>) {
+    loop {
+        let serves = standing.borrow_and_update().state == pb::GroupState::Serving;
+        let status = match serves {
+            true => tonic_health::ServingStatus::Serving,
+            false => tonic_health::ServingStatus::NotServing,
+        };
+        reporter.set_service_status("", status).await;
+        reporter.set_service_status("tessera.decoder.v1.Decoder", status).await;
+        if standing.changed().await.is_err() {
+            // The lifecycle is gone; the server ends next.
+            return std::future::pending().await;
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! What this process holds of the model: its ranks with their share of the weights, loaded once and kept
+//! over epochs.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tessera_cluster::{DecoderCapacity, ModelIdentity};
+use tessera_engine::{EngineConfig, LocalRanks, RankProgress, RankSpec};
+use tessera_kernels::{ReferenceBackend, StepLimits};
+use tessera_model::{ModelConfig, Weights};
+use tessera_processor::{BlockKeyChain, ProcessorConfig, Tokenizer};
+use tessera_scheduler::SchedulerConfig;
+use tessera_types::{NumericsId, Rank};
+
+use crate::config::DecoderConfig;
+use crate::error::DecoderError;
+
+/// Ranks whose weights are in place, and what follows from them.
+pub(crate) struct Shard {
+    pub ranks: LocalRanks,
+    pub progress: Vec<RankProgress>,
+    pub engine: EngineConfig,
+    pub identity: ModelIdentity,
+    pub capacity: DecoderCapacity,
+    pub block_keys: BlockKeyChain,
+}
+
+fn model_error(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> DecoderError {
+    DecoderError::Model(error.into())
+}
+
+/// Reads the checkpoint's settings and this process's slices of its weights. Takes as long as the disk.
+///
+/// # Errors
+/// A broken checkpoint, by file and field or tensor; a tensor-parallel degree the model cannot be split
+/// to; a KV cache that holds no block.
+pub(crate) fn load(config: &DecoderConfig) -> Result<Shard, DecoderError> {
+    let started = Instant::now();
+    let source = &config.model;
+    let model = Arc::new(ModelConfig::from_dir(&source.directory).map_err(model_error)?);
+    let processor = ProcessorConfig::load(&source.directory).map_err(model_error)?;
+    let weights = Weights::open(&source.weights, &model).map_err(model_error)?;
+    let language_fingerprint = weights.language_fingerprint(&model).map_err(model_error)?;
+    let vision_fingerprint = weights.vision_fingerprint(&model).map_err(model_error)?;
+    drop(weights);
+    let engine = engine_config(config, &model, processor.generation.eos_token_ids);
+    let limits = StepLimits {
+        max_tokens: engine.scheduler.max_tokens_per_step,
+        max_sequences: engine.scheduler.num_slots(),
+        max_blocks_per_sequence: engine.scheduler.max_blocks_per_sequence(),
+        max_visual_rows: engine.scheduler.max_tokens_per_step,
+        num_real_tokens: num_real_tokens(&source.directory, engine.vocab_size)?,
+    };
+    let spec = |rank: u32| RankSpec {
+        rank: Rank(rank),
+        world_size: config.tp,
+        model: Arc::clone(&model),
+        weights: source.weights.clone(),
+        limits,
+        block_size: config.block_size,
+    };
+    let first = config.first_rank();
+    let specs = (first..first + config.ranks_per_process).map(spec).collect();
+    let ranks = LocalRanks::load(specs, |_| ReferenceBackend::new()).map_err(model_error)?;
+    let num_kv_blocks = num_kv_blocks(config, &ranks)?;
+    let numerics = numerics_of(&ranks);
+    tracing::info!(
+        num_kv_blocks,
+        first_rank = first,
+        num_ranks = config.ranks_per_process,
+        seconds = started.elapsed().as_secs_f64(),
+        "model shard loaded"
+    );
+    Ok(Shard {
+        progress: ranks.progress(),
+        ranks,
+        identity: ModelIdentity {
+            name: source.name.clone(),
+            language_fingerprint,
+            vision_fingerprint,
+            language_numerics: numerics,
+            // A decoder computes no embeddings; those it is given name their own numerics in their keys.
+            vision_numerics: NumericsId::default(),
+        },
+        capacity: DecoderCapacity {
+            num_kv_blocks,
+            block_size: config.block_size,
+            max_sequences: engine.scheduler.max_running,
+            // A sequence has to fit into the cache too, beside the canary's block.
+            max_model_len: engine
+                .scheduler
+                .max_model_len
+                .min((num_kv_blocks - 1).saturating_mul(config.block_size)),
+        },
+        block_keys: BlockKeyChain::new(language_fingerprint, numerics, config.block_size, "", []),
+        engine,
+    })
+}
+
+fn engine_config(
+    config: &DecoderConfig,
+    model: &ModelConfig,
+    eos_token_ids: Vec<u32>,
+) -> EngineConfig {
+    let context = u32::try_from(model.text.max_position_embeddings).unwrap_or(u32::MAX);
+    let max_model_len = match config.max_model_len {
+        0 => context,
+        len => len.min(context),
+    };
+    EngineConfig {
+        scheduler: SchedulerConfig {
+            block_size: config.block_size,
+            max_running: config.max_sequences,
+            max_waiting: config.max_waiting,
+            max_tokens_per_step: config.max_tokens_per_step,
+            max_model_len,
+            pipeline_depth: config.pipeline_depth,
+            ..SchedulerConfig::default()
+        },
+        hidden_size: model.text.hidden_size as u32,
+        vocab_size: model.text.vocab_size as u32,
+        eos_token_ids,
+        max_embedding_bytes: config.max_embedding_bytes,
+        planted: config.planted,
+        ..EngineConfig::default()
+    }
+}
+
+/// Ids with a token; rows of the vocabulary beyond them are padding and never drawn.
+fn num_real_tokens(directory: &Path, vocab_size: u32) -> Result<u32, DecoderError> {
+    let tokenizer = Tokenizer::load(&directory.join("tokenizer.json")).map_err(model_error)?;
+    Ok(tokenizer.num_tokens().min(vocab_size))
+}
+
+/// Blocks that every local rank can hold.
+fn num_kv_blocks(config: &DecoderConfig, ranks: &LocalRanks) -> Result<u32, DecoderError> {
+    let bytes = ranks.ranks().iter().map(|rank| rank.info().kv_block_bytes).max().unwrap_or(1);
+    let blocks = u32::try_from(config.kv_cache_bytes / bytes.max(1)).unwrap_or(u32::MAX);
+    // One block is the canary's.
+    match blocks {
+        0 | 1 => Err(DecoderError::Config {
+            field: "decoder.kv_cache_bytes",
+            reason: format!("must hold at least two blocks of {bytes} bytes"),
+        }),
+        blocks => Ok(blocks),
+    }
+}
+
+fn numerics_of(ranks: &LocalRanks) -> NumericsId {
+    ranks.ranks().first().map(|rank| rank.info().numerics_id).unwrap_or_default()
+}
