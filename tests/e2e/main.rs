@@ -1,0 +1,14 @@
+//! Whole clusters on this machine, seen from outside: what clients get, what operators are told, what is
+//! left behind.
+
+mod bad_requests;
+mod by_hand;
+mod concurrent;
+mod disconnect;
+mod faces;
+mod media;
+mod parity;
+mod sampling;
+mod shutdown;
+mod start_up;
+mod urls;

@@ -1,0 +1,45 @@
+//! Single roles, as an operator starts them.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+use tempfile::TempDir;
+
+use crate::binary;
+use crate::process::Process;
+
+/// `tessera` with arguments.
+pub fn command(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
+    let mut command = Command::new(binary::tessera());
+    command.args(arguments);
+    command
+}
+
+/// Starts a role; its log goes to `directory`.
+pub fn start(
+    name: &str,
+    arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    directory: &Path,
+) -> Process {
+    Process::start(name, &mut command(arguments), directory)
+}
+
+/// A role that was expected to refuse to start.
+#[derive(Debug)]
+pub struct Refusal {
+    pub status: ExitStatus,
+    /// All it printed.
+    pub output: String,
+}
+
+/// Runs a role that should end by itself.
+///
+/// # Panics
+/// When it does not end.
+pub fn run_to_end(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Refusal {
+    let directory = TempDir::new().expect("a directory");
+    let mut process = start("role", arguments, directory.path());
+    let status = process.wait();
+    Refusal { status, output: process.log() }
+}
