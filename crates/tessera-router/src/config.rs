@@ -160,7 +160,7 @@ impl Default for LimitsConfig {
             request_timeout_ms: 3_600_000,
             client_stall_ms: 60_000,
             max_buffered_events: 64,
-            blocking_bytes: 64 << 10,
+            blocking_bytes: 8 << 10,
             drain_ms: 5_000,
         }
     }

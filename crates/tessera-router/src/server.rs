@@ -28,7 +28,7 @@ use crate::http;
 use crate::listen::{BoundedListener, BoundedStream};
 use crate::metrics::Metrics;
 use crate::model::ServedModel;
-use crate::service::Service;
+use crate::service::{Lifecycle, Service};
 use crate::upstream::Upstream;
 
 /// How often readiness is published and gauges are refreshed.
@@ -138,7 +138,7 @@ impl Router {
             upstream,
             metrics,
             tasks.foreground.clone(),
-            tasks.abort.clone(),
+            Lifecycle { drain: tasks.drain.clone(), abort: tasks.abort.clone() },
         );
         Ok(Self { service, registry, listeners, tasks })
     }
@@ -164,7 +164,8 @@ impl Router {
         tasks.foreground.spawn(http);
 
         let grpc = BoundedListener::new(listeners.grpc, config.grpc.max_connections);
-        let mut grpc = tasks.foreground.spawn(serve_grpc(service.clone(), grpc, tasks.clone())?);
+        let mut grpc =
+            tasks.foreground.spawn(serve_grpc(service.clone(), grpc, tasks.clone()).await?);
         let mut admin = tasks.background.spawn(admin.serve(tasks.stop.clone().cancelled_owned()));
 
         let ended = tokio::select! {
@@ -201,7 +202,7 @@ impl Tasks {
 }
 
 /// The gRPC server with health and reflection, as a future that serves until the drain.
-fn serve_grpc(
+async fn serve_grpc(
     service: Service,
     listener: BoundedListener,
     tasks: Tasks,
@@ -217,7 +218,11 @@ fn serve_grpc(
     let reflection_v1 = reflection().build_v1().map_err(RouterError::Reflection)?;
     let reflection_v1alpha = reflection().build_v1alpha().map_err(RouterError::Reflection)?;
     let (reporter, health) = tonic_health::server::health_reporter();
-    let publishing = publish(service.clone(), reporter, tasks.drain.clone());
+    // Known from the first call on, and true once `publish` has looked.
+    for name in ["", INFERENCE] {
+        reporter.set_service_status(name, ServingStatus::NotServing).await;
+    }
+    let publishing = publish(service.clone(), reporter);
     tasks.background.spawn(tasks.stop.clone().run_until_cancelled_owned(publishing));
     let config = &service.config().grpc;
     let keepalive = Duration::from_millis(config.keepalive_ms);
@@ -245,14 +250,14 @@ fn accepted(listener: BoundedListener) -> impl Stream<Item = io::Result<BoundedS
 }
 
 /// Keeps `grpc.health.v1` and the gauges true.
-async fn publish(service: Service, health: HealthReporter, drain: CancellationToken) {
+async fn publish(service: Service, health: HealthReporter) {
     let mut ticks = tokio::time::interval(REFRESH);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut published = None;
     loop {
         ticks.tick().await;
         service.refresh_gauges();
-        let status = match !drain.is_cancelled() && service.check_ready().is_ok() {
+        let status = match service.check_ready().is_ok() {
             true => ServingStatus::Serving,
             false => ServingStatus::NotServing,
         };

@@ -38,9 +38,17 @@ struct Inner {
     uploads: Uploads,
     metrics: Arc<Metrics>,
     tasks: TaskTracker,
-    /// Ends requests that outlive the drain.
-    abort: CancellationToken,
+    lifecycle: Lifecycle,
     started_at: u64,
+}
+
+/// How a service learns that it is to end.
+#[derive(Debug, Clone)]
+pub(crate) struct Lifecycle {
+    /// No new requests.
+    pub(crate) drain: CancellationToken,
+    /// Requests that outlive the drain fail.
+    pub(crate) abort: CancellationToken,
 }
 
 impl Service {
@@ -50,7 +58,7 @@ impl Service {
         upstream: Upstream,
         metrics: Arc<Metrics>,
         tasks: TaskTracker,
-        abort: CancellationToken,
+        lifecycle: Lifecycle,
     ) -> Self {
         let inner = Inner {
             admission: Admission::new(&config.limits),
@@ -60,7 +68,7 @@ impl Service {
             upstream,
             metrics,
             tasks,
-            abort,
+            lifecycle,
             started_at: clock::unix_seconds(),
         };
         Self { inner: Arc::new(inner) }
@@ -107,8 +115,9 @@ impl Service {
     /// Whether a request would succeed now.
     ///
     /// # Errors
-    /// [`RequestError::NotReady`] with what is missing.
+    /// [`RequestError::NotReady`] with what is missing, [`RequestError::Draining`].
     pub(crate) fn check_ready(&self) -> Result<(), RequestError> {
+        self.check_not_draining()?;
         self.inner.upstream.check_ready().map_err(|detail| self.not_ready(detail))
     }
 
@@ -147,8 +156,9 @@ impl Service {
     pub(crate) async fn generate(
         &self,
         request: ChatRequest,
-        held: HeldBytes,
+        mut held: HeldBytes,
     ) -> Result<Generation, RequestError> {
+        self.check_not_draining()?;
         let inner = &self.inner;
         let place = inner.admission.place().await?;
         let (request_id, arrival) = (request.request_id.clone(), request.arrival);
@@ -159,7 +169,8 @@ impl Service {
             return_token_ids: request.return_token_ids,
             timeout: self.timeout(request.timeout),
         };
-        let (prepared, identity) = self.prepare(request).await?;
+        let identity = inner.upstream.identity().map_err(|detail| self.not_ready(detail))?;
+        let (prepared, identity) = self.prepare(request, identity, &mut held).await?;
         let stop = StopMatcher::new(&job.stop, prepared.sampling.min_tokens as usize)?;
         let info = Arc::new(self.prompt_info(request_id, &prepared, &identity, job.seed));
         let (events, receiver) = mpsc::channel(inner.config.limits.max_buffered_events);
@@ -188,7 +199,7 @@ impl Service {
             events,
             accepted,
         );
-        inner.tasks.spawn(session.run(inner.abort.clone()));
+        inner.tasks.spawn(session.run(inner.lifecycle.abort.clone()));
         match acceptance.await {
             Ok(Ok(())) => Ok(Generation { prompt: info, events: receiver }),
             Ok(Err(error)) => Err(error),
@@ -196,12 +207,17 @@ impl Service {
         }
     }
 
-    /// Renders and tokenizes a conversation.
+    /// Renders and tokenizes a conversation. No group need be known: keys are not told.
     ///
     /// # Errors
     /// As [`Service::generate`] until placement.
-    pub(crate) async fn tokenize(&self, request: ChatRequest) -> Result<Prepared, RequestError> {
-        Ok(self.prepare(request).await?.0)
+    pub(crate) async fn tokenize(
+        &self,
+        request: ChatRequest,
+        mut held: HeldBytes,
+    ) -> Result<Prepared, RequestError> {
+        let identity = self.inner.upstream.identity().unwrap_or_else(|_| Identity::unknown());
+        Ok(self.prepare(request, identity, &mut held).await?.0)
     }
 
     /// Tokenizes plain text, in which nothing is special.
@@ -226,17 +242,29 @@ impl Service {
     async fn prepare(
         &self,
         mut request: ChatRequest,
+        identity: Identity,
+        held: &mut HeldBytes,
     ) -> Result<(Prepared, Identity), RequestError> {
         let inner = &self.inner;
         inner.model.check_name(&request.model)?;
+        let sent_bytes = request.num_bytes();
         resolve_uploads(&mut request, &inner.uploads, Instant::now())?;
-        let identity = inner.upstream.identity().map_err(|detail| self.not_ready(detail))?;
+        let num_bytes = request.num_bytes();
+        // Uploads may leave their store while the request still holds them.
+        held.grow(num_bytes - sent_bytes)?;
         let model = Arc::clone(&inner.model);
-        self.run_sized(request.num_bytes(), move || {
+        self.run_sized(num_bytes, move || {
             let prepared = prepare(&request, &model, &identity)?;
             Ok((prepared, identity))
         })
         .await?
+    }
+
+    fn check_not_draining(&self) -> Result<(), RequestError> {
+        match self.inner.lifecycle.drain.is_cancelled() {
+            true => Err(RequestError::Draining { retry_after: self.inner.admission.retry_after() }),
+            false => Ok(()),
+        }
     }
 
     fn prompt_info(

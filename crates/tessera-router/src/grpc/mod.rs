@@ -106,7 +106,7 @@ impl Inference for InferenceService {
             let request = request::tokenize_request(request.into_inner(), limits)?;
             let mut held = self.service.admission().held_bytes();
             held.grow(request.num_bytes())?;
-            let prepared = self.service.tokenize(request).await?;
+            let prepared = self.service.tokenize(request, held).await?;
             Ok(pb::TokenizeResponse {
                 token_ids: prepared.prompt.tokens.clone(),
                 media: prepared.media_info().iter().map(reply::media_info).collect(),

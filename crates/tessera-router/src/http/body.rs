@@ -14,10 +14,10 @@ use crate::error::RequestError;
 /// sending, sees the answer and not a reset connection.
 const DISCARD_LIMITS: usize = 2;
 
-/// Reads the whole body, counting its bytes in `held`.
+/// Reads the whole body, counting its bytes in `held`. With a `refusal` the body is only thrown away.
 ///
 /// # Errors
-/// [`RequestError::TooLarge`], [`RequestError::TooSlow`], [`RequestError::Overloaded`] from `held`, or
+/// `refusal`, [`RequestError::TooLarge`], [`RequestError::TooSlow`], [`RequestError::Overloaded`] from `held`, or
 /// [`RequestError::Cancelled`] if the client goes away.
 pub(super) async fn read_body(
     headers: &HeaderMap,
@@ -25,8 +25,9 @@ pub(super) async fn read_body(
     limit: usize,
     timeout: Duration,
     held: &mut HeldBytes,
+    refusal: Option<RequestError>,
 ) -> Result<Bytes, RequestError> {
-    match tokio::time::timeout(timeout, collect(headers, body, limit, held)).await {
+    match tokio::time::timeout(timeout, collect(headers, body, limit, held, refusal)).await {
         Ok(read) => read,
         Err(_) => Err(RequestError::TooSlow { timeout_ms: timeout.as_millis() as u64 }),
     }
@@ -37,13 +38,15 @@ async fn collect(
     body: Body,
     limit: usize,
     held: &mut HeldBytes,
+    mut refusal: Option<RequestError>,
 ) -> Result<Bytes, RequestError> {
     let announced = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     let mut stream = body.into_data_stream();
-    let mut refusal =
-        announced.filter(|&length| length > limit).map(|_| RequestError::TooLarge { limit });
+    if refusal.is_none() && announced.is_some_and(|length| length > limit) {
+        refusal = Some(RequestError::TooLarge { limit });
+    }
     let mut buffer = BytesMut::new();
     let mut received = 0usize;
     while let Some(chunk) = stream.next().await {
@@ -100,7 +103,7 @@ mod tests {
     }
 
     async fn read(body: Body, limit: usize, held: &mut HeldBytes) -> Result<Bytes, RequestError> {
-        read_body(&HeaderMap::new(), body, limit, Duration::from_secs(60), held).await
+        read_body(&HeaderMap::new(), body, limit, Duration::from_secs(60), held, None).await
     }
 
     #[tokio::test]
@@ -119,13 +122,18 @@ mod tests {
         assert!(matches!(error, Err(RequestError::TooLarge { limit: 4096 })));
         let error = read(chunks(9), 1 << 20, &mut held(2048)).await;
         assert!(matches!(error, Err(RequestError::Overloaded { .. })));
+        let (wait, refusal) = (Duration::from_secs(60), RequestError::Cancelled);
+        let held = &mut held(1 << 20);
+        let refused =
+            read_body(&HeaderMap::new(), chunks(3), 4096, wait, held, Some(refusal)).await;
+        assert!(matches!(refused, Err(RequestError::Cancelled)));
     }
 
     #[tokio::test]
     async fn a_body_without_end_is_given_up() {
         let endless = Body::from_stream(stream::pending::<Result<Bytes, std::io::Error>>());
         let wait = Duration::from_millis(1);
-        let read = read_body(&HeaderMap::new(), endless, 10, wait, &mut held(10)).await;
+        let read = read_body(&HeaderMap::new(), endless, 10, wait, &mut held(10), None).await;
         assert!(matches!(read, Err(RequestError::TooSlow { timeout_ms: 1 })));
     }
 }

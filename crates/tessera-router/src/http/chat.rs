@@ -51,12 +51,12 @@ async fn begin(
 ) -> Result<Begun, RequestError> {
     let service = &state.service;
     let config = service.config();
-    service.admission().check_room()?;
+    let refusal = service.admission().check_room().err();
     let mut held = service.admission().held_bytes();
     let (parts, body) = request.into_parts();
     let timeout = Duration::from_millis(config.http.body_timeout_ms);
-    let body =
-        read_body(&parts.headers, body, config.http.max_body_bytes, timeout, &mut held).await?;
+    let limit = config.http.max_body_bytes;
+    let body = read_body(&parts.headers, body, limit, timeout, &mut held, refusal).await?;
     let parse = {
         let (state, request_id, body) = (Arc::clone(state), request_id.to_owned(), body.clone());
         move || {

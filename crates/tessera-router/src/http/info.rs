@@ -109,8 +109,8 @@ async fn tokens(
     let mut held = service.admission().held_bytes();
     let (parts, body) = request.into_parts();
     let timeout = Duration::from_millis(config.http.body_timeout_ms);
-    let body =
-        read_body(&parts.headers, body, config.http.max_body_bytes, timeout, &mut held).await?;
+    let limit = config.http.max_body_bytes;
+    let body = read_body(&parts.headers, body, limit, timeout, &mut held, None).await?;
     let size = body.len();
     let parse = {
         let (state, request_id) = (Arc::clone(state), request_id.to_owned());
@@ -124,7 +124,7 @@ async fn tokens(
             (service.tokenize_text(&model, prompt).await?, Vec::new())
         }
         TokenizeBody::Chat(request) => {
-            let prepared = service.tokenize(*request).await?;
+            let prepared = service.tokenize(*request, held).await?;
             let media = prepared.media_info().iter().map(MediaJson::from).collect();
             (prepared.prompt.tokens.clone(), media)
         }

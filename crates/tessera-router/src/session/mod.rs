@@ -2,9 +2,10 @@
 //! through a bounded channel. One task per request; when the channel is full the decoder's stream is not
 //! read, so a slow client slows its own sequence and nothing else.
 //!
-//! Modules: `attempt` (streams to decoders), `encode` (calls to encoders), `text` (what a choice says),
-//! `outcome` (usage, timings, errors).
+//! Modules: `actions` (what the machine tells to do), `attempt` (streams to decoders), `encode` (calls to
+//! encoders), `text` (what a choice says), `outcome` (usage, timings, errors).
 
+mod actions;
 mod attempt;
 mod encode;
 mod outcome;
@@ -20,12 +21,12 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use tessera_cluster::request::{
-    Action, AttemptFailure, Event as Input, MediaItem, SessionError, SessionSpec, Target,
+    Action, AttemptFailure, Event as Input, MediaItem, SessionSpec, Target,
 };
 use tessera_cluster::{ModelIdentity, RequestSession, SessionConfig};
 use tessera_processor::StopMatcher;
 use tessera_proto::decoder::v1 as pb;
-use tessera_types::{Attempt, EmbeddingKey, FinishReason, TokenId};
+use tessera_types::Attempt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -33,15 +34,15 @@ use tokio_util::sync::CancellationToken;
 use crate::admission::{HeldBytes, Place};
 use crate::clock;
 use crate::error::RequestError;
-use crate::events::{ChoiceFinish, Delta, Event, OutputToken, PromptInfo};
+use crate::events::{Event, PromptInfo};
 use crate::metrics::Metrics;
 use crate::model::ServedModel;
 use crate::prepare::Prepared;
-use crate::upstream::{GroupQuery, Upstream};
+use crate::upstream::Upstream;
 use attempt::{AttemptStream, Broken};
 use encode::Encoded;
-use outcome::{Record, request_error};
-use text::{ChoiceText, ends_choice};
+use outcome::Record;
+use text::ChoiceText;
 
 /// Longest sleep between two looks at the machine's deadline.
 const MAX_SLEEP: Duration = Duration::from_secs(3600);
@@ -254,221 +255,6 @@ impl Session {
             if let Some(event) = self.perform(action) {
                 self.todo.extend(self.machine.on(event, clock::now()));
             }
-        }
-    }
-
-    /// Does one thing; what it leads to at once is returned.
-    fn perform(&mut self, action: Action) -> Option<Input> {
-        match action {
-            Action::Place { choice, avoid, prefer } => {
-                let home = self.home.clone().filter(|_| avoid.is_empty());
-                let placed = home.map_or_else(|| self.place(&avoid, prefer), Ok);
-                Some(match placed {
-                    Ok(target) => Input::Placed { choice, target },
-                    Err(detail) => Input::NoPlace { choice, detail, retry_after: None },
-                })
-            }
-            Action::OpenAttempt { choice, attempt, target, output, seed } => {
-                self.open(choice, attempt, target, output, seed)
-            }
-            Action::CloseAttempt { choice, .. } => {
-                if self.attempts[choice as usize].take().is_some() {
-                    self.metrics.on_attempt("closed");
-                }
-                None
-            }
-            Action::Encode { item, avoid } => self.encode(item, &avoid),
-            Action::SendMediaAt { choice, attempt, item, endpoint, key } => {
-                self.send_media_at(choice, attempt, item, endpoint, key)
-            }
-            Action::Deliver { choice, record, .. } => {
-                self.deliver(choice, OutputToken { id: record.token, logprobs: record.logprobs })
-            }
-            Action::Finish { choice, reason } => {
-                self.finish(choice, reason);
-                None
-            }
-            Action::Complete => {
-                self.complete();
-                None
-            }
-            Action::Fail { error } => {
-                self.fail(error);
-                None
-            }
-        }
-    }
-
-    fn place(
-        &mut self,
-        avoid: &[(tessera_cluster::GroupName, tessera_types::Epoch)],
-        prefer: Option<tessera_types::NumericsId>,
-    ) -> Result<Target, String> {
-        let prepared = &self.job.prepared;
-        let target = self.upstream.choose_group(&GroupQuery {
-            identity: &self.job.identity,
-            prompt_tokens: prepared.prompt.tokens.len() as u32,
-            max_tokens: prepared.sampling.max_tokens,
-            avoid,
-            prefer,
-        })?;
-        self.home = Some(target.clone());
-        Ok(target)
-    }
-
-    fn open(
-        &mut self,
-        choice: u32,
-        attempt: Attempt,
-        target: Target,
-        output: Vec<TokenId>,
-        seed: u64,
-    ) -> Option<Input> {
-        self.record.on_placed();
-        let channel = match self.upstream.channel(&target.address) {
-            Ok(channel) => channel,
-            Err(error) => {
-                let failure = AttemptFailure::Refused { detail: error.to_string() };
-                return Some(Input::AttemptFailed { choice, attempt, failure });
-            }
-        };
-        let Job { info, prepared, arrival, deadline, .. } = &self.job;
-        let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
-        let start = pb::Start {
-            fence: Some(self.upstream.fence(&target)),
-            request_id: info.request_id.clone(),
-            attempt: attempt.0,
-            choice,
-            prompt: Some((&*prepared.prompt).into()),
-            output_token_ids: output,
-            sampling: Some((&*prepared.sampling).into()),
-            effective_seed: seed,
-            priority: 0,
-            // 0 would mean "no deadline".
-            remaining_ms: millis(deadline.saturating_duration_since(Instant::now())).max(1),
-            age_ms: millis(arrival.elapsed()),
-        };
-        let stream = AttemptStream::open(channel, attempt, &target, start);
-        self.attempts[choice as usize] = Some(stream);
-        None
-    }
-
-    fn encode(&mut self, item: u32, avoid: &[String]) -> Option<Input> {
-        let media = &self.job.prepared.media[item as usize];
-        let key = self.job.prepared.prompt.media[item as usize].embedding_key;
-        let (media_id, identity) = (media.description.media_id, &self.job.identity);
-        let chosen = self.upstream.choose_encoder(media_id, media.num_pixels, identity, avoid);
-        let choice = match chosen {
-            Ok(choice) => choice,
-            Err(detail) => {
-                return Some(Input::EncodeFailed { item, endpoint: None, retryable: true, detail });
-            }
-        };
-        self.record.on_encode_begin();
-        let header = encode::header(&self.job.info.request_id, media, key);
-        let frames = media.frames.clone();
-        let timeout = self.job.encode_timeout;
-        let call = encode::encode(self.upstream.clone(), choice, header, frames, item, timeout);
-        self.encodes.push(Box::pin(call));
-        None
-    }
-
-    fn send_media_at(
-        &mut self,
-        choice: u32,
-        attempt: Attempt,
-        item: u32,
-        endpoint: String,
-        key: EmbeddingKey,
-    ) -> Option<Input> {
-        let stream = self.attempts[choice as usize].as_ref()?;
-        if stream.send_media_at(item, endpoint, key).is_ok() {
-            return None;
-        }
-        self.attempts[choice as usize] = None;
-        let failure = AttemptFailure::Lost { detail: "the decoder does not read".to_owned() };
-        Some(Input::AttemptFailed { choice, attempt, failure })
-    }
-
-    /// A token that counts: speaks what becomes certain, and ends the choice at a stop string.
-    fn deliver(&mut self, choice: u32, token: OutputToken) -> Option<Input> {
-        self.record.on_token();
-        let eos = self.model.processor().eos_token_ids();
-        let is_silent = ends_choice(token.id, &self.job.prepared.sampling, eos);
-        self.record.last_token[choice as usize] = Some(token.id);
-        let spoken = self.texts[choice as usize].push(token, is_silent);
-        self.speak(choice, spoken.text, spoken.tokens);
-        let matched = spoken.matched?;
-        self.record.matched_stop[choice as usize] = Some(matched);
-        Some(Input::StopChoice { choice, reason: FinishReason::StopString })
-    }
-
-    fn speak(&mut self, choice: u32, text: String, tokens: Vec<OutputToken>) {
-        if text.is_empty() && tokens.is_empty() {
-            return;
-        }
-        match self.ready.last_mut() {
-            Some(Event::Delta(last)) if last.choice == choice => {
-                last.text.push_str(&text);
-                last.tokens.extend(tokens);
-            }
-            _ => self.ready.push(Event::Delta(Delta { choice, text, tokens })),
-        }
-    }
-
-    fn finish(&mut self, choice: u32, mut reason: FinishReason) {
-        let index = choice as usize;
-        if self.attempts[index].take().is_some() {
-            self.metrics.on_attempt("finished");
-        }
-        if self.record.cancelled || self.record.shut_down {
-            return;
-        }
-        if reason != FinishReason::StopString {
-            let spoken = self.texts[index].finish();
-            self.speak(choice, spoken.text, spoken.tokens);
-            if let Some(matched) = spoken.matched {
-                self.record.matched_stop[index] = Some(matched);
-                reason = FinishReason::StopString;
-            }
-        }
-        let matched = self.record.matched_stop[index];
-        self.ready.push(Event::Finish(ChoiceFinish {
-            choice,
-            reason,
-            matched_stop: matched.map(|stop| self.job.stop_strings[stop].clone()),
-            stop_token: self.record.last_token[index].filter(|_| reason == FinishReason::StopToken),
-        }));
-    }
-
-    fn complete(&mut self) {
-        if self.record.cancelled {
-            return;
-        }
-        if self.record.shut_down {
-            let retry_after = self.job.retry_after;
-            return self.end(Err(RequestError::Draining { retry_after }));
-        }
-        let completion = self.record.completion(&self.job, &self.texts);
-        self.end(Ok(Event::Completion(completion)));
-    }
-
-    fn fail(&mut self, error: SessionError) {
-        let error = request_error(error, &self.job.prepared);
-        let request_id = &self.job.info.request_id;
-        tracing::warn!(request_id, error = error.message(), "request failed");
-        self.record.on_failed();
-        self.end(Err(error));
-    }
-
-    /// The last word. Before acceptance it is the answer to whoever waits for that.
-    fn end(&mut self, last: Result<Event, RequestError>) {
-        match last {
-            Ok(event) => self.ready.push(event),
-            Err(error) => match self.accepted.take() {
-                Some(accepted) => drop(accepted.send(Err(error))),
-                None => self.record.error = Some(error),
-            },
         }
     }
 

@@ -118,3 +118,67 @@ impl Mirror {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tessera_cluster::{ClusterName, MemberRole};
+    use tessera_membership::{KeyValue, StoreError};
+
+    use super::*;
+
+    fn entry(key: String, value: Vec<u8>) -> KeyValue {
+        KeyValue { key, value, mod_revision: 1, create_revision: 1, lease: 0 }
+    }
+
+    fn member(keys: &Keys) -> (InstanceId, KeyValue) {
+        let instance = InstanceId::random();
+        let member = MemberInfo {
+            instance,
+            address: "host:1".to_owned(),
+            build: String::new(),
+            model: None,
+            role: MemberRole::Router,
+        };
+        (instance, entry(keys.member(instance), member.to_bytes()))
+    }
+
+    fn members_of(events: &[Event]) -> Option<usize> {
+        match events {
+            [Event::Listing { members, .. }] => Some(members.len()),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn the_view_is_told_all_again_when_the_store_is_back() {
+        let keys = Keys::new(ClusterName::new("c").expect("a name"));
+        let mut mirror = Mirror::new(keys.clone());
+        let (_, first) = member(&keys);
+        let snapshot = WatchEvent::Snapshot { revision: 1, entries: vec![first] };
+        assert_eq!(members_of(&mirror.on(snapshot)), Some(1));
+        assert!(mirror.on(WatchEvent::Connected { revision: 1 }).is_empty());
+        let error = StoreError::TimedOut { call: "watch", after: Duration::from_secs(1) };
+        let away = WatchEvent::Disconnected { silent_for: Duration::from_secs(1), error };
+        assert_eq!(mirror.on(away), [Event::Disconnected]);
+        let (instance, second) = member(&keys);
+        let changes = WatchEvent::Changes { revision: 2, changes: vec![Change::Put(second)] };
+        assert!(matches!(mirror.on(changes)[..], [Event::MemberPut { .. }]));
+        assert_eq!(members_of(&mirror.on(WatchEvent::Connected { revision: 2 })), Some(2));
+        let gone = Change::Delete { key: keys.member(instance) };
+        let resync = WatchEvent::Resync { revision: 9, changes: vec![gone] };
+        assert_eq!(members_of(&mirror.on(resync)), Some(1));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_skipped_and_what_it_replaced_stands() {
+        let keys = Keys::new(ClusterName::new("c").expect("a name"));
+        let mut mirror = Mirror::new(keys.clone());
+        let (instance, good) = member(&keys);
+        let broken = entry(keys.member(instance), b"{".to_vec());
+        let foreign = entry("/tessera/other/members/x".to_owned(), Vec::new());
+        let entries = vec![good, broken, foreign];
+        assert_eq!(members_of(&mirror.on(WatchEvent::Snapshot { revision: 1, entries })), Some(1));
+    }
+}

@@ -8,7 +8,7 @@ use tessera_cluster::placement::{EncoderCandidate, GroupCandidate, choose_encode
 use tessera_cluster::request::Target;
 use tessera_cluster::view::{EncoderStatus, GroupStatus};
 use tessera_cluster::{GroupName, ModelIdentity, Verdict};
-use tessera_types::{Epoch, InstanceId, MediaId, NumericsId};
+use tessera_types::{Epoch, InstanceId, MediaId, ModelFingerprint, NumericsId};
 
 use super::{Shared, State, Upstream};
 use crate::clock;
@@ -19,6 +19,20 @@ pub(crate) struct Identity {
     pub(crate) model: ModelIdentity,
     /// Prompt and output tokens of the largest group of this identity.
     pub(crate) max_model_len: u32,
+}
+
+impl Identity {
+    /// For conversations that are only to be tokenized.
+    pub(crate) fn unknown() -> Self {
+        let model = ModelIdentity {
+            name: String::new(),
+            language_fingerprint: ModelFingerprint::default(),
+            vision_fingerprint: ModelFingerprint::default(),
+            language_numerics: NumericsId::default(),
+            vision_numerics: NumericsId::default(),
+        };
+        Self { model, max_model_len: u32::MAX }
+    }
 }
 
 /// A request that looks for a group.
@@ -256,3 +270,7 @@ fn log_mismatch(role: &str, instance: InstanceId, address: &str) {
         "vision weights or numerics differ from those of the decoder groups, it is not used"
     );
 }
+
+#[cfg(test)]
+#[path = "place_tests.rs"]
+mod tests;

@@ -152,9 +152,8 @@ async fn a_refusal_by_the_only_group_is_a_retryable_status() {
 async fn a_deadline_before_the_first_token_is_a_timeout() {
     let mut cluster = Cluster::start().await;
     let asking = post_later(cluster.http, with(ask("hello"), json!({"timeout_ms": 30})));
-    let mut attempt = cluster.attempt().await;
+    let attempt = cluster.attempt().await;
     assert!(attempt.start.remaining_ms <= 30);
-    attempt.accept().await;
     attempt.cancelled().await;
     let reply = asking.await.expect("joins");
     assert_eq!((reply.status, &reply.json()["error"]["code"]), (504, &json!("deadline_exceeded")));
@@ -215,7 +214,7 @@ async fn a_group_with_another_model_and_an_encoder_with_other_weights_are_not_us
 
 #[tokio::test]
 async fn shutting_down_lets_replies_end_then_fails_the_rest_and_frees_the_ports() {
-    let mut cluster = Cluster::start_with(|config| config.limits.drain_ms = 300).await;
+    let mut cluster = Cluster::start_with(|config| config.limits.drain_ms = 1500).await;
     let (mut quick, quick_attempt) = open_stream(&mut cluster).await;
     let (mut slow, slow_attempt) = open_stream(&mut cluster).await;
     let (http, grpc, admin) = (cluster.http, cluster.grpc, cluster.admin);
