@@ -188,7 +188,7 @@ pub struct Attempt<'a> {
     runtime: &'a Runtime,
     stream: Result<Streaming<pb::GenerateResponse>, Status>,
     /// Dropping it would tell the decoder that the router is gone.
-    _requests: tokio::sync::mpsc::Sender<pb::GenerateRequest>,
+    requests: tokio::sync::mpsc::Sender<pb::GenerateRequest>,
 }
 
 /// The first message of a greedy attempt that ignores end-of-sequence tokens.
@@ -224,6 +224,11 @@ impl Client {
         let key = keys.active(&GroupName::new(GROUP).expect("valid"));
         let entry = self.runtime.block_on(self.store.get(&key)).expect("the store answers")?;
         Some(ActiveRecord::from_bytes(&entry.value).expect("a record"))
+    }
+
+    /// For services that a test brings itself.
+    pub fn runtime(&self) -> &Runtime {
+        &self.runtime
     }
 
     /// The active record.
@@ -294,7 +299,7 @@ impl Client {
             let requests = tokio_stream::wrappers::ReceiverStream::new(receiver);
             Ok(client.generate(requests).await?.into_inner())
         });
-        Attempt { runtime: &self.runtime, stream, _requests: requests }
+        Attempt { runtime: &self.runtime, stream, requests }
     }
 
     /// Tokens of a greedy attempt in the active epoch.
@@ -320,6 +325,12 @@ impl Client {
 }
 
 impl Attempt<'_> {
+    /// Sends a further message.
+    pub fn send(&self, message: pb::generate_request::Message) {
+        let request = pb::GenerateRequest { message: Some(message) };
+        self.requests.try_send(request).expect("the decoder reads");
+    }
+
     /// The next message.
     pub fn next(&mut self) -> Result<Message, Status> {
         let stream = match &mut self.stream {

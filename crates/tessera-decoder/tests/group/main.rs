@@ -1,6 +1,7 @@
 //! Decoder groups on one machine: an embedded store, processes with a runtime each, the tiny checkpoint.
 
 mod group;
+mod media;
 
 use std::time::Duration;
 
