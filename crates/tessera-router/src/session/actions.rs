@@ -15,7 +15,7 @@ use super::text::ends_choice;
 use super::{Job, Session, encode};
 use crate::error::RequestError;
 use crate::events::{ChoiceFinish, Delta, Event, OutputToken};
-use crate::upstream::GroupQuery;
+use crate::upstream::{GroupQuery, NoEncoder};
 
 impl Session {
     /// Does one thing; what it leads to at once is returned.
@@ -121,8 +121,9 @@ impl Session {
         let chosen = self.upstream.choose_encoder(media_id, media.num_pixels, identity, avoid);
         let choice = match chosen {
             Ok(choice) => choice,
-            Err(detail) => {
-                return Some(Input::EncodeFailed { item, endpoint: None, retryable: true, detail });
+            Err(NoEncoder { retryable, detail }) => {
+                let detail = detail.to_owned();
+                return Some(Input::EncodeFailed { item, endpoint: None, retryable, detail });
             }
         };
         self.record.on_encode_begin();

@@ -26,7 +26,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Channel;
 
 pub(crate) use health::reason_of;
-pub(crate) use place::{EncoderChoice, GroupQuery, Identity};
+pub(crate) use place::{EncoderChoice, GroupQuery, Identity, NoEncoder};
 
 use crate::clock;
 use crate::config::UpstreamConfig;

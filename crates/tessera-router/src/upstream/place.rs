@@ -45,6 +45,14 @@ pub(crate) struct GroupQuery<'a> {
     pub(crate) prefer: Option<NumericsId>,
 }
 
+/// There is no encoder for an item.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NoEncoder {
+    /// Whether there may be one later.
+    pub(crate) retryable: bool,
+    pub(crate) detail: &'static str,
+}
+
 /// An encoder chosen for an item, whose pixels count as queued there until this is dropped.
 #[derive(Debug)]
 pub(crate) struct EncoderChoice {
@@ -159,7 +167,7 @@ impl Upstream {
         pixels: u64,
         identity: &ModelIdentity,
         avoid: &[String],
-    ) -> Result<EncoderChoice, String> {
+    ) -> Result<EncoderChoice, NoEncoder> {
         let mut state = self.shared.state();
         let State { view, pixels_in_flight, mismatched, .. } = &mut *state;
         let mut encoders: Vec<_> = view.encoders(clock::now()).collect();
@@ -186,11 +194,14 @@ impl Upstream {
             })
             .collect();
         let Some(chosen) = choose_encoder(&media_id.0, pixels, &candidates) else {
-            return Err(match (known, encoders.len()) {
-                (0, _) => "no encoder is known".to_owned(),
-                (_, 0) => "no encoder has the weights of the decoder groups".to_owned(),
-                _ => "no encoder takes an item of this size now".to_owned(),
-            });
+            let too_large = candidates.iter().all(|encoder| encoder.max_item_pixels < pixels);
+            let (retryable, detail) = match (known, candidates.len()) {
+                (0, _) => (true, "no encoder is known"),
+                (_, 0) => (true, "no encoder has the weights of the decoder groups"),
+                _ if too_large => (false, "it has more pixels than any encoder takes"),
+                _ => (true, "no encoder has room for it now"),
+            };
+            return Err(NoEncoder { retryable, detail });
         };
         let member = encoders[chosen].member;
         let (instance, address) = (member.instance, member.address.clone());

@@ -190,10 +190,12 @@ async fn pixels_under_way_count_as_queued_until_the_answer() {
     let third = choose(&[]).expect("the other is idle");
     assert!(third.instance != home && all.contains(&third.instance), "a full queue moves it on");
     let fourth = choose(&[]).expect("there is room");
-    assert!(choose(&[]).is_err_and(|detail| detail.contains("of this size")));
+    assert!(choose(&[]).is_err_and(|none| none.retryable), "there is room later");
     drop((second, third, fourth));
     let avoid = [first.address.clone()];
     assert!(choose(&avoid).expect("the other").instance != home);
-    assert!(fed.upstream.choose_encoder(media_id, 601, &identity, &[]).is_err());
-    assert!(fed.upstream.choose_encoder(media_id, 1, &model(1, 2), &[]).is_err());
+    let too_large = fed.upstream.choose_encoder(media_id, 601, &identity, &[]);
+    assert!(too_large.is_err_and(|none| !none.retryable));
+    let other_weights = fed.upstream.choose_encoder(media_id, 1, &model(1, 2), &[]);
+    assert!(other_weights.is_err_and(|none| none.retryable));
 }
