@@ -208,10 +208,10 @@ impl Formation {
     fn probe(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let mirror = &self.mirror;
         let in_active = |i| mirror.active_slots().iter().any(|slot| slot.instance == i);
-        self.probes.retain(
-            |i| mirror.members.contains_key(&i),
-            |i| in_active(i) && !mirror.members.contains_key(&i),
-        );
+        let listed = |i| mirror.members.contains_key(&i);
+        // A frozen member that lost its lease and registers again must prove itself all the same.
+        let excluded = |i| mirror.epoch.as_ref().is_some_and(|e| e.value.excluded.contains(&i));
+        self.probes.retain(|i| listed(i) || excluded(i), |i| in_active(i) && !listed(i));
         for instance in self.probes.due(now) {
             let listed = self.mirror.members.get(&instance).map(|entry| &entry.value.address);
             let in_active = self.mirror.active_slots().iter().find(|s| s.instance == instance);

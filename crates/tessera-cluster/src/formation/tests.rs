@@ -79,6 +79,20 @@ fn a_frozen_member_is_excluded_and_returns_when_it_answers_again() {
 }
 
 #[test]
+fn a_frozen_member_that_registers_again_must_still_pass_its_probes() {
+    let mut world = World::new(2, 11);
+    world.run_for_ms(2_000);
+    // Longer than the lease: it comes back as a key that was never there before.
+    world.inject(Fault::Freeze { slot: 1, for_ms: 14_000 });
+    world.run_for_ms(14_000);
+    let probes = world.probes();
+    world.reregister(1);
+    world.run_for_ms(20_000);
+    world.assert_serving();
+    assert!(world.probes() >= probes + 2, "{} probes after its return", world.probes() - probes);
+}
+
+#[test]
 fn a_mere_proposal_ends_nothing() {
     let mut world = World::new(2, 8);
     world.run_for_ms(2_000);

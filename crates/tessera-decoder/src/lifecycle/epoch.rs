@@ -176,7 +176,12 @@ impl Lifecycle {
     pub(super) fn leave(&mut self, epoch: Epoch, reason: &EndReason) {
         self.current.set(None);
         self.metrics.epochs_ended.with_label_values(&[reason.label()]).inc();
-        tracing::warn!(epoch = epoch.0, kind = reason.label(), %reason, "leaving the epoch");
+        match reason {
+            EndReason::Drained | EndReason::Superseded { .. } => {
+                tracing::info!(epoch = epoch.0, kind = reason.label(), %reason, "leaving the epoch");
+            }
+            _ => tracing::warn!(epoch = epoch.0, kind = reason.label(), %reason, "leaving the epoch"),
+        }
         let Some(run) = self.run.as_mut().filter(|run| run.epoch == epoch) else {
             self.events.push_back(Event::Left { epoch });
             return;

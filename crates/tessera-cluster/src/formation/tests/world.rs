@@ -116,6 +116,7 @@ pub struct World {
     due: BTreeMap<u64, Due>,
     order: u64,
     proposals: usize,
+    probes: usize,
     lose_answer: bool,
     highest_active: Epoch,
     foreign_slot: Option<usize>,
@@ -146,6 +147,7 @@ impl World {
             due: BTreeMap::new(),
             order: 0,
             proposals: 0,
+            probes: 0,
             lose_answer: false,
             highest_active: Epoch(0),
             foreign_slot,
@@ -175,6 +177,11 @@ impl World {
 
     pub fn proposals(&self) -> usize {
         self.proposals
+    }
+
+    /// Probes that found their target.
+    pub fn probes(&self) -> usize {
+        self.probes
     }
 
     pub fn instance(&self, slot: usize) -> InstanceId {
@@ -255,6 +262,12 @@ impl World {
             Fault::LoseAnswer => self.lose_answer = true,
         }
         self.judge();
+    }
+
+    /// A process whose key is gone registers again.
+    pub fn reregister(&mut self, slot: usize) {
+        let process = self.current_index(slot);
+        self.push(process, self.now + 1, Due::Register);
     }
 
     /// Somebody proposes an epoch of the members that are serving.
@@ -515,6 +528,7 @@ impl World {
                 let now = self.now;
                 let target = self.processes.iter().find(|p| p.instance == instance);
                 let reachable = target.is_some_and(|p| p.alive && p.frozen_until <= now);
+                self.probes += usize::from(reachable);
                 let at = now + if reachable { delay } else { 1_000 };
                 self.push(process, at, reply(Event::ProbeResult { instance, reachable }));
             }
