@@ -6,7 +6,7 @@ use tessera_tests::cluster::Endpoints;
 use tessera_tests::etcd::Etcd;
 use tessera_tests::golden::{CASES, Golden};
 use tessera_tests::process::Process;
-use tessera_tests::{chat, fixtures, roles, tree, wait};
+use tessera_tests::{chat, fixtures, http, ports, roles, tree, wait};
 
 #[test]
 fn roles_on_a_real_etcd_work_the_same() {
@@ -25,11 +25,13 @@ fn roles_on_a_real_etcd_work_the_same() {
     let (http, grpc) = (endpoints.http.to_string(), endpoints.grpc.to_string());
     let state = directory.path().to_str().expect("UTF-8");
     let decoder = ["--group", "g0", "--tp", "2", "--state-dir", state, "--listen", "127.0.0.1:0"];
+    let admin = [(); 4].map(|()| ports::free());
+    let [a, b, c, d] = admin.map(|address| address.to_string());
     let mut processes = vec![
-        start("router", &["--http", &http, "--grpc", &grpc]),
-        start("encoder", &["--listen", "127.0.0.1:0"]),
-        start("decoder-0", &[decoder.as_slice(), &["--slot", "0"]].concat()),
-        start("decoder-1", &[decoder.as_slice(), &["--slot", "1"]].concat()),
+        start("router", &["--http", &http, "--grpc", &grpc, "--admin", &a]),
+        start("encoder", &["--listen", "127.0.0.1:0", "--admin", &b]),
+        start("decoder-0", &[decoder.as_slice(), &["--slot", "0", "--admin", &c]].concat()),
+        start("decoder-1", &[decoder.as_slice(), &["--slot", "1", "--admin", &d]].concat()),
     ];
     wait::until("the cluster is ready", || {
         for process in &mut processes {
@@ -47,6 +49,14 @@ fn roles_on_a_real_etcd_work_the_same() {
     let golden = Golden::load("tiny", "image_odd");
     let answer = endpoints.http().chat(&golden.http_body()).ok();
     assert_eq!(chat::ids(&answer["choices"][0], "token_ids"), golden.greedy_tokens);
+
+    for address in admin {
+        let admin = http::Client::new(address);
+        assert_eq!((admin.get("/livez").status, admin.get("/readyz").status), (200, 200));
+        let metrics = admin.get("/metrics");
+        let text = String::from_utf8_lossy(&metrics.body);
+        assert!(text.contains("tessera_"), "{text}");
+    }
 
     // Each role ends cleanly by itself when it is told to.
     let ids: Vec<_> = processes.iter().map(|process| process.id().clone()).collect();

@@ -3,11 +3,14 @@
 
 mod bad_requests;
 mod by_hand;
+mod command_line;
 mod concurrent;
 mod disconnect;
 mod faces;
 mod media;
+mod overload;
 mod parity;
+mod random_weights;
 mod sampling;
 mod shutdown;
 mod start_up;

@@ -208,3 +208,31 @@ fn unknown_fields_are_ignored() {
     let body = with(golden.http_body(), json!({"no_such_field": {"a": [1]}, "user": "someone"}));
     assert_eq!(tokens(&shared::tp2().http().chat(&body).ok(), 0), golden.greedy_tokens);
 }
+
+/// At a high temperature answers are full of half characters; a stream never sends one.
+#[test]
+fn wild_answers_are_streamed_as_they_are_whole() {
+    let http = shared::tp2().http();
+    for seed in 0..4 {
+        let body = drawn(seed, json!({"temperature": 2, "max_tokens": 48}));
+        let whole = http.chat(&body).ok();
+        let events: Vec<Value> = http.chat_stream(&body).collect();
+        let streamed: Collected = events.iter().collect();
+        assert_eq!(streamed.token_ids, tokens(&whole, 0), "seed {seed}");
+        assert_eq!(streamed.text, whole["choices"][0]["message"]["content"], "seed {seed}");
+    }
+}
+
+#[test]
+fn a_prompt_seen_before_is_found_in_the_prefix_cache() {
+    let http = shared::tp2().http();
+    let body = text_body("A prompt of its own, longer than a block of the cache by far.", 8);
+    let first = http.chat(&body).ok();
+    let second = http.chat(&body).ok();
+    let cached =
+        |answer: &Value| answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
+    let prompt = second["usage"]["prompt_tokens"].as_u64();
+    assert!(cached(&second) > cached(&first), "{second}");
+    assert!(cached(&second) < prompt, "the last token is always computed: {second}");
+    assert_eq!(tokens(&second, 0), tokens(&first, 0));
+}

@@ -2,5 +2,7 @@
 //! retryable errors or go on exactly, nothing stale is delivered, and the cluster serves again.
 
 mod etcd_outage;
+mod frozen;
 mod killed_processes;
 mod observed;
+mod spares;
