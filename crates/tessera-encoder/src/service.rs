@@ -431,6 +431,9 @@ impl pb::encoder_server::Encoder for EncoderService {
         &self,
         _: Request<pb::LoadRequest>,
     ) -> Result<Response<pb::LoadResponse>, Status> {
+        if self.is_draining() {
+            return Err(EncodeError::ShuttingDown.into());
+        }
         let inner = &self.inner;
         let state = inner.state();
         Ok(Response::new(pb::LoadResponse {

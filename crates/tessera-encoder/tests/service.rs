@@ -239,6 +239,8 @@ async fn a_draining_encoder_takes_nothing_new_but_serves_pulls() {
     rig.service.drain();
     let status = encode(&rig, request(&photo(), 84)).await.unwrap_err();
     assert_eq!(reason(&status), "DRAINING", "{status}");
+    let load = rig.client.clone().load(pb::LoadRequest {}).await.unwrap_err();
+    assert_eq!(reason(&load), "DRAINING", "routers hear of it without trying: {load}");
     assert_eq!(rig.service.num_outstanding(), 1);
     fetch(&rig, done.embedding.unwrap().key).await.unwrap();
     assert_eq!(rig.service.num_outstanding(), 0);

@@ -7,7 +7,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::fixture::{Case, Fixture};
-use support::generate::{Generation, Request, generate};
+use support::generate::{Generation, Request, generate, generate_over, tcp_group};
 use support::{max_difference, range};
 use tessera_kernels::ReferenceBackend;
 use tessera_model::{VisionItem, VisionTower, Weights};
@@ -100,6 +100,24 @@ fn every_tensor_parallel_degree_gives_the_golden_logits_and_tokens() {
             let what = format!("{name} at TP {world_size}");
             assert_golden(&case, &run(&fixture, &case, world_size, WHOLE_PROMPT), &what);
         }
+    }
+}
+
+#[test]
+fn over_tcp_logits_have_the_bits_of_threads() {
+    // At four ranks and more, sums in another order would show.
+    let fixture = Fixture::open("tiny");
+    let case = fixture.case("multi_turn");
+    let visual = encode(&fixture, &case).concat();
+    let prompt = case.prompt(&fixture.config);
+    let request =
+        Request { prompt: &prompt, visual: &visual, steps: STEPS, chunk: 33, all_logits: false };
+    for world_size in [1, 2, 4, 8] {
+        let threads = generate(&fixture.config, &fixture.source(), world_size, request);
+        let group = tcp_group(world_size);
+        let tcp = generate_over(&fixture.config, &fixture.source(), group, request);
+        assert_eq!(tcp, threads, "TP {world_size}");
+        assert_golden(&case, &tcp, &format!("TP {world_size} over TCP"));
     }
 }
 

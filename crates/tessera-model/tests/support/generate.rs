@@ -1,15 +1,16 @@
 //! Runs one sequence through a decoder split over threads, as the engine would: chunked prefill into
 //! scattered blocks of the paged cache, then one token per step, each taken from the device's table.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use tessera_collective::{Communicator, threads};
+use tessera_collective::{AbortHandle, CollectiveConfig, Communicator, tcp, threads};
 use tessera_kernels::{
     Backend, GraphKey, HostRows, ReferenceBackend, SampleRow, SamplerSequence, StepInputs,
     StepKind, StepLimits, TokenSource,
 };
 use tessera_model::{Decoder, ModelConfig, TpSplit, WeightSource, Weights};
-use tessera_types::{Epoch, LateInputs, Prompt, SamplingParams, SequenceId, SequenceSlot};
+use tessera_types::{Epoch, LateInputs, Prompt, Rank, SamplingParams, SequenceId, SequenceSlot};
 
 use super::fixture::is_media;
 
@@ -38,15 +39,46 @@ pub struct Generation {
     pub tokens: Vec<u32>,
 }
 
-/// Runs `request` at a tensor-parallel degree. All ranks must draw the same tokens.
+/// Runs `request` at a tensor-parallel degree, ranks joined by threads.
 pub fn generate(
     config: &ModelConfig,
     source: &WeightSource,
     world_size: u32,
     request: Request<'_>,
 ) -> Generation {
+    generate_over(config, source, threads::group(world_size, Epoch(1)), request)
+}
+
+/// Communicators over TCP, one per rank, as separate processes would make them.
+pub fn tcp_group(world_size: u32) -> Vec<Communicator> {
+    let (localhost, settings) = (IpAddr::from([127, 0, 0, 1]), CollectiveConfig::default());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let abort = AbortHandle::new(Epoch(1));
+    let address = SocketAddr::new(localhost, 0);
+    let (root, id) = tcp::Root::bind(address, world_size, &abort, &settings).unwrap();
+    std::thread::scope(|scope| {
+        let connect = |rank| {
+            let (id, settings) = (&id, &settings);
+            scope.spawn(move || {
+                let abort = AbortHandle::new(Epoch(1));
+                tcp::connect(id, localhost, Rank(rank), world_size, deadline, &abort, settings)
+            })
+        };
+        let others: Vec<_> = (1..world_size).map(connect).collect();
+        let first = root.accept(deadline).unwrap();
+        let others = others.into_iter().map(|rank| rank.join().unwrap().unwrap());
+        std::iter::once(first).chain(others).collect()
+    })
+}
+
+/// Runs `request` over the ranks of a group. All must draw the same tokens.
+pub fn generate_over(
+    config: &ModelConfig,
+    source: &WeightSource,
+    group: Vec<Communicator>,
+    request: Request<'_>,
+) -> Generation {
     let ranks = std::thread::scope(|scope| {
-        let group = threads::group(world_size, Epoch(1));
         let spawn =
             |communicator| scope.spawn(move || run_rank(config, source, communicator, request));
         let ranks: Vec<_> = group.into_iter().map(spawn).collect();
