@@ -34,7 +34,7 @@ pub(crate) type Outgoing = Result<pb::LeaderMessage, Status>;
 
 /// Shared by the engine's thread, the plan streams and the lifecycle.
 pub(crate) struct LeaderLink {
-    epoch: Epoch,
+    fence: Fence,
     abort: AbortHandle,
     mailbox: Arc<Mailbox>,
     /// Held for moments only, never across an await.
@@ -48,7 +48,7 @@ struct State {
 }
 
 impl LeaderLink {
-    /// Begins to lead `spec`. The epoch's end aborts `abort` and is posted.
+    /// Begins to lead `spec`, whose epoch `fence` carries. The epoch's end aborts `abort` and is posted.
     pub fn new(
         config: StreamConfig,
         fence: Fence,
@@ -56,13 +56,12 @@ impl LeaderLink {
         abort: AbortHandle,
         mailbox: Arc<Mailbox>,
     ) -> Arc<Self> {
-        let epoch = spec.epoch;
-        let machine = Leader::new(config, fence, spec, clock::now());
+        let machine = Leader::new(config, fence.clone(), spec, clock::now());
         let state = State { machine, followers: BTreeMap::new(), end: None };
-        let link = Arc::new(Self { epoch, abort, mailbox, state: Mutex::new(state) });
+        let link = Arc::new(Self { fence, abort, mailbox, state: Mutex::new(state) });
         // A leader without followers is connected with all of them.
         if link.state().machine.all_connected() {
-            link.mailbox.post(Letter::AllConnected { epoch });
+            link.mailbox.post(Letter::AllConnected { epoch: link.fence.epoch });
         }
         link
     }
@@ -124,7 +123,7 @@ impl LeaderLink {
             if state.end.is_some() {
                 return;
             }
-            if load.epoch == Some(self.epoch) {
+            if load.epoch.is_some_and(|of| self.fence.check_epoch(of).is_ok()) {
                 let step = load.completed_step;
                 let actions = state.machine.on(Event::Completed { step }, clock::now());
                 self.perform(&mut state, actions, None);
@@ -147,7 +146,7 @@ impl LeaderLink {
         let mut state = self.state();
         check_running(&state)?;
         if !state.followers.is_empty() {
-            let late = message(Message::Late(pb::Late::new(self.epoch, step, late)));
+            let late = message(Message::Late(pb::Late::new(self.fence.epoch, step, late)));
             self.broadcast(&mut state, &late);
         }
         check_running(&state)
@@ -163,7 +162,7 @@ impl LeaderLink {
             match action {
                 Action::Accept { .. } | Action::Refuse { .. } => {}
                 Action::AllConnected => {
-                    self.mailbox.post(Letter::AllConnected { epoch: self.epoch });
+                    self.mailbox.post(Letter::AllConnected { epoch: self.fence.epoch });
                 }
                 Action::SendPlan { .. } => {
                     if let Some(plan) = plan {
@@ -171,11 +170,11 @@ impl LeaderLink {
                     }
                 }
                 Action::SendBeat { step } => {
-                    let beat = pb::Beat { epoch: self.epoch.0, step: step.0 };
+                    let beat = pb::Beat { epoch: self.fence.epoch.0, step: step.0 };
                     self.broadcast(state, &message(Message::Beat(beat)));
                 }
                 Action::SendAbort { detail } => {
-                    let abort = pb::Abort { epoch: self.epoch.0, reason: detail };
+                    let abort = pb::Abort { epoch: self.fence.epoch.0, reason: detail };
                     let abort = message(Message::Abort(abort));
                     for (_, follower) in std::mem::take(&mut state.followers) {
                         // Who does not take it sees the stream end.
@@ -217,7 +216,7 @@ fn check_running(state: &State) -> Result<(), PlanSinkError> {
 
 impl fmt::Debug for LeaderLink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LeaderLink").field("epoch", &self.epoch).finish_non_exhaustive()
+        f.debug_struct("LeaderLink").field("epoch", &self.fence.epoch).finish_non_exhaustive()
     }
 }
 

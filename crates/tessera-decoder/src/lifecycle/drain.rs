@@ -13,6 +13,8 @@ use super::{Done, Lifecycle};
 use crate::clock;
 use crate::following::Order;
 
+/// Times that the active record's deletion is tried while others write to it.
+const MAX_DELETES: usize = 3;
 /// How often a drain lock that another group holds is tried again.
 const LOCK_RETRY: Duration = Duration::from_millis(200);
 
@@ -25,7 +27,7 @@ impl Lifecycle {
         }
         self.leave_by = Some(clock::now() + self.config.drain().grace);
         if let Some(run) = &self.run {
-            tracing::info!(epoch = run.epoch.0, "asking the leader to drain the group");
+            tracing::info!(epoch = run.epoch().0, "asking the leader to drain the group");
             run.order(Order::AskToDrain);
         }
         self.retire_when_free();
@@ -78,9 +80,7 @@ impl Lifecycle {
             Action::TakeLock => self.take_lock(),
             Action::Announce => {
                 self.draining = true;
-                self.write_active(|record| {
-                    Some(ActiveRecord { state: ActiveState::Draining, ..record })
-                });
+                self.announce();
             }
             Action::RefuseNew => self.draining = true,
             Action::MoveRest => self.move_rest.cancel(),
@@ -88,29 +88,46 @@ impl Lifecycle {
             Action::Finish => {
                 // What the group was is over: no router has to find out, and no successor has to ask
                 // whether its members are still there.
-                self.write_active(|_| None);
+                self.delete_active();
                 self.release_lock();
                 self.outcome = Some(Ok(()));
             }
         }
     }
 
-    /// Replaces or deletes the active record if it is still ours.
-    fn write_active(&mut self, change: impl FnOnce(ActiveRecord) -> Option<ActiveRecord>) {
+    /// Tells routers through the store that the epoch takes nothing new.
+    fn announce(&mut self) {
         let Some((record, mod_revision)) = self.formation.active() else { return };
         if record.instance != self.me.instance {
             return;
         }
+        let record = ActiveRecord { state: ActiveState::Draining, ..record.clone() };
         let key = self.keys.active(self.formation.group());
         let compares = vec![Compare { key: key.clone(), mod_revision }];
-        let op = match change(record.clone()) {
-            Some(record) => Op::put(key, record.to_bytes()),
-            None => Op::delete(key),
-        };
-        let store = self.store.clone();
+        let (store, op) = (self.store.clone(), Op::put(key, record.to_bytes()));
         self.last_writes.spawn(async move {
             if transact(&store, compares, op).await != TxnOutcome::Committed {
-                tracing::warn!("the active record could not be changed");
+                tracing::warn!("the drain was not announced in the store");
+            }
+        });
+    }
+
+    /// Deletes the active record if it is still ours, whatever has been written to it since.
+    fn delete_active(&mut self) {
+        let (store, me) = (self.store.clone(), self.me.instance);
+        let key = self.keys.active(self.formation.group());
+        self.last_writes.spawn(async move {
+            for _ in 0..MAX_DELETES {
+                let Ok(Some(entry)) = store.get(&key).await else { return };
+                let ours = ActiveRecord::from_bytes(&entry.value);
+                if ours.map_or(true, |record| record.instance != me) {
+                    return;
+                }
+                let compare = Compare { key: key.clone(), mod_revision: entry.mod_revision };
+                let outcome = transact(&store, vec![compare], Op::delete(key.clone())).await;
+                if outcome == TxnOutcome::Committed {
+                    return;
+                }
             }
         });
     }

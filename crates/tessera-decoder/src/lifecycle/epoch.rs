@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tessera_cluster::formation::Event;
-use tessera_cluster::{EndReason, EpochSpec};
+use tessera_cluster::{EndReason, EpochSpec, Fence};
 use tessera_collective::AbortHandle;
 use tessera_collective::tcp::Root;
 use tessera_engine::error::chain;
@@ -33,7 +33,7 @@ enum Stage {
 
 /// See the module documentation.
 pub(super) struct Run {
-    pub epoch: Epoch,
+    fence: Fence,
     pub abort: AbortHandle,
     pub link: Option<Arc<LeaderLink>>,
     stage: Stage,
@@ -49,10 +49,10 @@ pub(super) struct Run {
 }
 
 impl Run {
-    fn new(epoch: Epoch) -> Self {
+    fn new(fence: Fence) -> Self {
         Self {
-            epoch,
-            abort: AbortHandle::new(epoch),
+            abort: AbortHandle::new(fence.epoch),
+            fence,
             link: None,
             stage: Stage::Named,
             root: None,
@@ -62,6 +62,15 @@ impl Run {
             all_connected: false,
             canary: None,
         }
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        self.fence.epoch
+    }
+
+    /// Whether what concerns `epoch` concerns this run; what came late does not.
+    pub fn is_in(&self, epoch: Epoch) -> bool {
+        self.fence.check_epoch(epoch).is_ok()
     }
 
     /// Tells a follower's stream.
@@ -74,7 +83,7 @@ impl Run {
 
 impl Lifecycle {
     pub(super) fn make_id(&mut self, epoch: Epoch) {
-        let mut run = Run::new(epoch);
+        let mut run = Run::new(self.fence(epoch));
         let num_slots = self.config.num_slots() as usize;
         let made = communicators::make_id(self.config.tp, num_slots, self.listen_ip, &run.abort);
         match made {
@@ -94,8 +103,8 @@ impl Lifecycle {
     pub(super) fn init_communicator(&mut self, spec: EpochSpec, id: Vec<u8>, deadline: Duration) {
         let epoch = spec.epoch;
         let mut run = match self.run.take() {
-            Some(run) if run.epoch == epoch => run,
-            _ => Run::new(epoch),
+            Some(run) if run.is_in(epoch) => run,
+            _ => Run::new(self.fence(epoch)),
         };
         run.stage = Stage::Joining;
         if let Worker::Leader { engine, progress } = &self.worker {
@@ -139,7 +148,7 @@ impl Lifecycle {
     /// The ranks joined, or not.
     pub(super) fn on_joined(&mut self, spec: EpochSpec, result: Result<(), String>) {
         let epoch = spec.epoch;
-        let Some(run) = self.run.as_mut().filter(|run| run.epoch == epoch) else { return };
+        let Some(run) = self.run.as_mut().filter(|run| run.is_in(epoch)) else { return };
         match result {
             Ok(()) if run.stage == Stage::Joining => run.stage = Stage::Running,
             // The engine has already left what it joined.
@@ -180,9 +189,11 @@ impl Lifecycle {
             EndReason::Drained | EndReason::Superseded { .. } => {
                 tracing::info!(epoch = epoch.0, kind = reason.label(), %reason, "leaving the epoch");
             }
-            _ => tracing::warn!(epoch = epoch.0, kind = reason.label(), %reason, "leaving the epoch"),
+            _ => {
+                tracing::warn!(epoch = epoch.0, kind = reason.label(), %reason, "leaving the epoch")
+            }
         }
-        let Some(run) = self.run.as_mut().filter(|run| run.epoch == epoch) else {
+        let Some(run) = self.run.as_mut().filter(|run| run.is_in(epoch)) else {
             self.events.push_back(Event::Left { epoch });
             return;
         };
@@ -210,7 +221,7 @@ impl Lifecycle {
         match &self.worker {
             Worker::Leader { engine, .. } => engine.end_epoch(&reason),
             Worker::Follower { ranks } => {
-                let (ranks, epoch) = (Arc::clone(ranks), run.epoch);
+                let (ranks, epoch) = (Arc::clone(ranks), run.epoch());
                 self.calls.spawn(async move {
                     let leave = move || lock(&ranks).end_epoch(&reason);
                     let left = tokio::task::spawn_blocking(leave).await;
@@ -230,7 +241,7 @@ impl Lifecycle {
             self.outcome = Some(Err(DecoderError::Hung { reason }));
             return;
         }
-        let Some(run) = self.run.as_mut().filter(|run| run.epoch == epoch) else { return };
+        let Some(run) = self.run.as_mut().filter(|run| run.is_in(epoch)) else { return };
         run.stage = Stage::Over;
         if run.leaving {
             return self.finish_leaving();
@@ -249,19 +260,19 @@ impl Lifecycle {
 
     fn finish_leaving(&mut self) {
         if let Some(run) = self.run.take_if(|run| run.leaving) {
-            self.events.push_back(Event::Left { epoch: run.epoch });
+            self.events.push_back(Event::Left { epoch: run.epoch() });
         }
     }
 
     pub(super) fn want_canary(&mut self, epoch: Epoch) {
-        if let Some(run) = self.run.as_mut().filter(|run| run.epoch == epoch) {
+        if let Some(run) = self.run.as_mut().filter(|run| run.is_in(epoch)) {
             run.canary_wanted = true;
         }
         self.run_first_canary();
     }
 
     pub(super) fn on_all_connected(&mut self, epoch: Epoch) {
-        if let Some(run) = self.run.as_mut().filter(|run| run.epoch == epoch) {
+        if let Some(run) = self.run.as_mut().filter(|run| run.is_in(epoch)) {
             run.all_connected = true;
         }
         self.run_first_canary();
@@ -272,7 +283,7 @@ impl Lifecycle {
         let Some(run) = self.run.as_mut().filter(ready) else { return };
         // Once per epoch.
         run.canary_wanted = false;
-        let epoch = run.epoch;
+        let epoch = run.epoch();
         let Worker::Leader { engine, .. } = &self.worker else { return };
         let call =
             crate::canary::first(engine.clone(), self.store.clone(), self.canary_key.clone());

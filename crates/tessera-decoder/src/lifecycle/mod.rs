@@ -319,7 +319,7 @@ impl Lifecycle {
     fn on_first_canary(&mut self, epoch: Epoch, result: Result<Vec<TokenId>, String>) {
         match result {
             Ok(token_ids) => {
-                if let Some(run) = self.run.as_mut().filter(|run| run.epoch == epoch) {
+                if let Some(run) = self.run.as_mut().filter(|run| run.is_in(epoch)) {
                     run.canary = Some(token_ids);
                 }
                 self.events.push_back(Event::CanaryPassed { epoch });
@@ -351,7 +351,7 @@ impl Lifecycle {
         self.canary_runs = false;
         let interval = Duration::from_millis(self.config.canary_interval_ms.into());
         self.next_canary_at = clock::now() + interval;
-        let Some(run) = self.run.as_ref().filter(|run| run.epoch == epoch) else { return };
+        let Some(run) = self.run.as_ref().filter(|run| run.is_in(epoch)) else { return };
         // A canary that was lost or refused says nothing: the epoch's own watch judges progress.
         if let (Ok(token_ids), Some(expected), Some(link)) = (result, &run.canary, &run.link)
             && token_ids != *expected

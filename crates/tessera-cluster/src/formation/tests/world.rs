@@ -4,6 +4,9 @@
 //! invariants are judged: at most one epoch is complete and serving, the active epoch only grows, and
 //! no committed proposal leaves out every member that may still run the active epoch.
 
+mod invariants;
+mod store;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
@@ -570,101 +573,6 @@ impl World {
         }
     }
 
-    // The store.
-
-    fn reaches_store(&self, process: usize) -> bool {
-        self.processes[process].cut_until <= self.now
-    }
-
-    fn register(&mut self, process: usize) {
-        let key = self.keys.member(self.processes[process].instance);
-        let value = Value::Member(self.processes[process].info.clone());
-        self.put(key, value);
-    }
-
-    /// Answer of a transaction, and whether it was applied.
-    fn txn(
-        &mut self,
-        process: usize,
-        compares: &[Compare],
-        key: String,
-        value: Value,
-    ) -> (TxnOutcome, bool) {
-        if !self.reaches_store(process) {
-            return (TxnOutcome::Unknown, false);
-        }
-        let revision = |key: &str| self.store.get(key).map_or(0, |stored| stored.mod_revision);
-        if compares.iter().any(|compare| revision(&compare.key) != compare.mod_revision) {
-            return (TxnOutcome::Conflict, false);
-        }
-        self.put(key, value);
-        match std::mem::take(&mut self.lose_answer) {
-            true => (TxnOutcome::Unknown, true),
-            false => (TxnOutcome::Committed, true),
-        }
-    }
-
-    fn put(&mut self, key: String, value: Value) {
-        self.revision += 1;
-        let mod_revision = self.revision;
-        let create_revision = self.store.get(&key).map_or(mod_revision, |s| s.create_revision);
-        let stored = Stored { value, create_revision, mod_revision };
-        let event = self.event_of(&stored);
-        self.store.insert(key, stored);
-        self.broadcast(event);
-    }
-
-    fn delete(&mut self, key: &str) {
-        if self.store.remove(key).is_none() {
-            return;
-        }
-        self.revision += 1;
-        match self.keys.parse(key) {
-            Some(StoreKey::Member(instance)) => self.broadcast(Event::MemberDeleted { instance }),
-            Some(StoreKey::Ready { epoch, instance, .. }) => {
-                self.broadcast(Event::ReadyDeleted { epoch, instance });
-            }
-            _ => {}
-        }
-    }
-
-    fn delete_leased(&mut self, process: usize) {
-        let instance = self.processes[process].instance;
-        let owned = |key: &&String| key.ends_with(&instance.to_string());
-        let keys: Vec<String> = self.store.keys().filter(owned).cloned().collect();
-        keys.iter().for_each(|key| self.delete(key));
-    }
-
-    fn event_of(&self, stored: &Stored) -> Event {
-        let mod_revision = stored.mod_revision;
-        match stored.value.clone() {
-            Value::Member(member) => Event::MemberPut {
-                member: Box::new(member),
-                create_revision: stored.create_revision,
-                mod_revision,
-            },
-            Value::Epoch(record) => Event::EpochPut { record: Box::new(record), mod_revision },
-            Value::Ready(record) => Event::ReadyPut { record, mod_revision },
-            Value::Id(record) => Event::IdPut { record },
-            Value::Active(record) => Event::ActivePut { record: Box::new(record), mod_revision },
-        }
-    }
-
-    fn broadcast(&mut self, event: Event) {
-        for process in 0..self.processes.len() {
-            if self.processes[process].alive {
-                self.deliver_by_watch(process, event.clone());
-            }
-        }
-    }
-
-    fn deliver_by_watch(&mut self, process: usize, event: Event) {
-        let from = self.now.max(self.processes[process].cut_until);
-        let at = from + 1 + self.random() % 20;
-        self.processes[process].watch.push_back(event);
-        self.push(process, at, Due::Watch);
-    }
-
     fn push(&mut self, process: usize, at: u64, due: Due) {
         self.order += 1;
         self.due.insert(self.order, due);
@@ -674,41 +582,5 @@ impl World {
     fn random(&mut self) -> u64 {
         self.rng = self.rng.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix64(self.rng)
-    }
-
-    // The invariants.
-
-    /// Whether the proposal shares a member with the active epoch, or nobody of that can be running it.
-    fn may_succeed(&self, record: &EpochRecord) -> bool {
-        let (Some(spec), Some(active)) = (&record.spec, self.active()) else { return true };
-        let shared = active.slots.iter().any(|slot| spec.slot_of(slot.instance).is_some());
-        let may_run = |slot: &crate::records::SlotAssignment| {
-            let process = self.processes.iter().find(|p| p.instance == slot.instance);
-            process.is_some_and(|p| {
-                p.alive && p.joined.as_ref().is_some_and(|(e, _)| *e == active.epoch)
-            })
-        };
-        shared || !active.slots.iter().any(may_run)
-    }
-
-    fn judge(&mut self) {
-        let active = self.active_epoch();
-        assert!(active >= self.highest_active.0, "the active epoch went back");
-        self.highest_active = Epoch(active);
-        let mut complete: BTreeMap<Epoch, usize> = BTreeMap::new();
-        for process in self.processes.iter().filter(|p| p.alive && p.comm_ready) {
-            if let Some((epoch, _)) = process.joined {
-                *complete.entry(epoch).or_default() += 1;
-            }
-        }
-        let serving = |epoch: &Epoch| {
-            self.processes.iter().any(|p| p.machine.state() == State::Serving(*epoch) && p.alive)
-        };
-        let serving: Vec<Epoch> = complete
-            .into_iter()
-            .filter(|(epoch, members)| *members == self.num_slots && serving(epoch))
-            .map(|(epoch, _)| epoch)
-            .collect();
-        assert!(serving.len() <= 1, "two epochs serve: {serving:?}");
     }
 }
