@@ -49,6 +49,8 @@ pub enum RequestError {
     Invalid { field: String, detail: String },
     #[error(transparent)]
     Processor(#[from] ProcessorError),
+    #[error("the body must be application/json, not {found:?}")]
+    ContentType { found: String },
     #[error("the request exceeds {limit} bytes")]
     TooLarge { limit: usize },
     #[error("the request did not arrive within {timeout_ms} ms")]
@@ -100,9 +102,10 @@ impl RequestError {
     /// The class that clients can match on.
     pub fn reason(&self) -> ErrorReason {
         match self {
-            Self::Json(_) | Self::Invalid { .. } | Self::TooSlow { .. } => {
-                ErrorReason::InvalidArgument
-            }
+            Self::Json(_)
+            | Self::ContentType { .. }
+            | Self::Invalid { .. }
+            | Self::TooSlow { .. } => ErrorReason::InvalidArgument,
             Self::Processor(source) | Self::Media { source, .. } => reason_of(source),
             Self::TooLarge { .. } => ErrorReason::RequestTooLarge,
             Self::MediaRefused { .. } => ErrorReason::InvalidMedia,

@@ -17,8 +17,8 @@ const DISCARD_LIMITS: usize = 2;
 /// Reads the whole body, counting its bytes in `held`. With a `refusal` the body is only thrown away.
 ///
 /// # Errors
-/// `refusal`, [`RequestError::TooLarge`], [`RequestError::TooSlow`], [`RequestError::Overloaded`] from `held`, or
-/// [`RequestError::Cancelled`] if the client goes away.
+/// `refusal`, [`RequestError::ContentType`], [`RequestError::TooLarge`], [`RequestError::TooSlow`],
+/// [`RequestError::Overloaded`] from `held`, or [`RequestError::Cancelled`] if the client goes away.
 pub(super) async fn read_body(
     headers: &HeaderMap,
     body: Body,
@@ -27,9 +27,22 @@ pub(super) async fn read_body(
     held: &mut HeldBytes,
     refusal: Option<RequestError>,
 ) -> Result<Bytes, RequestError> {
+    let refusal = refusal.or_else(|| check_type(headers).err());
     match tokio::time::timeout(timeout, collect(headers, body, limit, held, refusal)).await {
         Ok(read) => read,
         Err(_) => Err(RequestError::TooSlow { timeout_ms: timeout.as_millis() as u64 }),
+    }
+}
+
+/// Accepts JSON and bodies of no stated type. Browsers let any page send the types of HTML forms, which
+/// would make every visitor of a page a client.
+fn check_type(headers: &HeaderMap) -> Result<(), RequestError> {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
+    let text = String::from_utf8_lossy(value.as_bytes());
+    let essence = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    match essence == "application/json" || essence.ends_with("+json") {
+        true => Ok(()),
+        false => Err(RequestError::ContentType { found: essence.chars().take(80).collect() }),
     }
 }
 
@@ -127,6 +140,23 @@ mod tests {
         let refused =
             read_body(&HeaderMap::new(), chunks(3), 4096, wait, held, Some(refusal)).await;
         assert!(matches!(refused, Err(RequestError::Cancelled)));
+    }
+
+    #[test]
+    fn only_json_and_unnamed_types_are_read() {
+        let with_type = |text: &'static str| {
+            check_type(&HeaderMap::from_iter([(
+                header::CONTENT_TYPE,
+                header::HeaderValue::from_static(text),
+            )]))
+        };
+        assert!(check_type(&HeaderMap::new()).is_ok());
+        for json in ["application/json", "Application/JSON; charset=utf-8", "application/x+json"] {
+            assert!(with_type(json).is_ok(), "{json}");
+        }
+        for other in ["text/plain", "multipart/form-data; boundary=x", "", "application/jsonp"] {
+            assert!(matches!(with_type(other), Err(RequestError::ContentType { .. })), "{other}");
+        }
     }
 
     #[tokio::test]

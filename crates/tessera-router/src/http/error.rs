@@ -24,6 +24,7 @@ struct Inner<'a> {
 /// Status of an error.
 pub(crate) fn status_of(error: &RequestError) -> StatusCode {
     match error {
+        RequestError::ContentType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
         RequestError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
         RequestError::TooSlow { .. } => StatusCode::REQUEST_TIMEOUT,
         _ => match error.reason() {
@@ -109,6 +110,7 @@ mod tests {
         let wait = Duration::from_millis(1200);
         let cases = [
             (RequestError::invalid("stop", "x"), 400, "invalid_argument"),
+            (RequestError::ContentType { found: "text/plain".into() }, 415, "invalid_argument"),
             (RequestError::TooLarge { limit: 1 }, 413, "request_too_large"),
             (
                 ProcessorError::PromptTooLong { tokens: 9, context: 8 }.into(),
