@@ -21,6 +21,7 @@ use tonic::Streaming;
 use tonic::transport::Endpoint;
 
 use crate::clock;
+use crate::fragments::Fragments;
 use crate::mailbox::{Letter, Mailbox};
 
 /// How often the ranks are looked at while nothing arrives.
@@ -66,6 +67,8 @@ struct Stream {
     machine: Follower,
     me: InstanceId,
     outgoing: mpsc::Sender<pb::FollowerMessage>,
+    /// Pieces of a plan that is not complete.
+    fragments: Fragments,
     /// Layers computed before this epoch.
     base: u64,
     has_ended: bool,
@@ -79,7 +82,9 @@ impl Following {
         let me = self.spec.slots[self.slot as usize].instance;
         let (outgoing, messages) = mpsc::channel(QUEUE_CAPACITY);
         let base = lock(&self.ranks).ack().map_or(0, |ack| ack.progress);
-        let mut stream = Stream { following: self, machine, me, outgoing, base, has_ended: false };
+        let fragments = Fragments::default();
+        let mut stream =
+            Stream { following: self, machine, me, outgoing, fragments, base, has_ended: false };
         for action in actions {
             if let Action::Dial { address, instance, slot } = action {
                 stream.introduce(instance, slot);
@@ -159,12 +164,11 @@ impl Stream {
 
     fn receive(&mut self, message: Received) {
         match message {
-            Received::Plan(plan) => match StepPlan::try_from(&plan) {
-                Ok(plan) => {
-                    let event = Event::Plan { epoch: plan.epoch, step: plan.step };
-                    self.feed(event, Some(plan));
-                }
-                Err(error) => self.closed(&format!("a plan that is none: {error}")),
+            Received::Plan(plan) => self.receive_plan(&plan),
+            Received::Fragment(piece) => match self.fragments.add(piece) {
+                Ok(Some(plan)) => self.receive_plan(&plan),
+                Ok(None) => {}
+                Err(error) => self.closed(&format!("pieces that make no plan: {error}")),
             },
             Received::Late(late) => {
                 let result = lock(&self.following.ranks).late(StepId(late.step), late.inputs());
@@ -180,6 +184,16 @@ impl Stream {
                 let (epoch, detail) = (Epoch(abort.epoch), abort.reason);
                 self.feed(Event::PeerAbort { epoch, detail }, None);
             }
+        }
+    }
+
+    fn receive_plan(&mut self, plan: &pb::Plan) {
+        match StepPlan::try_from(plan) {
+            Ok(plan) => {
+                let event = Event::Plan { epoch: plan.epoch, step: plan.step };
+                self.feed(event, Some(plan));
+            }
+            Err(error) => self.closed(&format!("a plan that is none: {error}")),
         }
     }
 

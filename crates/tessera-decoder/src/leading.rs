@@ -22,9 +22,10 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::clock;
+use crate::fragments;
 use crate::mailbox::{Letter, Mailbox};
 
-/// Messages on their way to one follower: two steps of two messages, beats, and room to spare.
+/// Messages on their way to one follower: two steps of two messages, beats, and room for plans in pieces.
 const QUEUE_CAPACITY: usize = 64;
 /// How often the leader looks at its own ranks; also the resolution of the machine's timers here.
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
@@ -93,7 +94,7 @@ impl LeaderLink {
                 _ => {}
             }
         }
-        self.perform(&mut state, actions, None);
+        self.perform(&mut state, actions, &[]);
         Ok((instance, receiver))
     }
 
@@ -101,7 +102,7 @@ impl LeaderLink {
     pub fn on(&self, event: Event) {
         let mut state = self.state();
         let actions = state.machine.on(event, clock::now());
-        self.perform(&mut state, actions, None);
+        self.perform(&mut state, actions, &[]);
     }
 
     /// Ends the epoch from our side.
@@ -126,19 +127,22 @@ impl LeaderLink {
             if load.epoch.is_some_and(|of| self.fence.check_epoch(of).is_ok()) {
                 let step = load.completed_step;
                 let actions = state.machine.on(Event::Completed { step }, clock::now());
-                self.perform(&mut state, actions, None);
+                self.perform(&mut state, actions, &[]);
             }
             let actions = state.machine.on(Event::LocalReport { report }, clock::now());
-            self.perform(&mut state, actions, None);
+            self.perform(&mut state, actions, &[]);
         }
     }
 
     fn send_plan(&self, plan: &StepPlan) -> Result<(), PlanSinkError> {
         let mut state = self.state();
         check_running(&state)?;
-        let message = (!state.followers.is_empty()).then(|| message(Message::Plan(plan.into())));
+        let messages = match state.followers.is_empty() {
+            true => Vec::new(),
+            false => fragments::split(plan.into()),
+        };
         let actions = state.machine.on(Event::Plan { step: plan.step }, clock::now());
-        self.perform(&mut state, actions, message.as_ref());
+        self.perform(&mut state, actions, &messages);
         check_running(&state)
     }
 
@@ -157,7 +161,7 @@ impl LeaderLink {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn perform(&self, state: &mut State, actions: Vec<Action>, plan: Option<&pb::LeaderMessage>) {
+    fn perform(&self, state: &mut State, actions: Vec<Action>, plan: &[pb::LeaderMessage]) {
         for action in actions {
             match action {
                 Action::Accept { .. } | Action::Refuse { .. } => {}
@@ -165,9 +169,7 @@ impl LeaderLink {
                     self.mailbox.post(Letter::AllConnected { epoch: self.fence.epoch });
                 }
                 Action::SendPlan { .. } => {
-                    if let Some(plan) = plan {
-                        self.broadcast(state, plan);
-                    }
+                    plan.iter().for_each(|message| self.broadcast(state, message));
                 }
                 Action::SendBeat { step } => {
                     let beat = pb::Beat { epoch: self.fence.epoch.0, step: step.0 };
@@ -198,7 +200,7 @@ impl LeaderLink {
         });
         if let Some((instance, detail)) = failed {
             let actions = state.machine.on(Event::Closed { instance, detail }, clock::now());
-            self.perform(state, actions, None);
+            self.perform(state, actions, &[]);
         }
     }
 }

@@ -10,7 +10,7 @@
 //!
 //! Modules: [`config`], [`error`], [`metrics`]; [`service`] (gRPC `Decoder`), [`generate`] (one attempt),
 //! [`fetch`] (embeddings from encoders), `plans` (gRPC `Group`), `server`; `lifecycle` (formation, epochs,
-//! drain), `shard` (weights), `worker` (the ranks), `leading` and `following` (plan streams),
+//! drain), `shard` (weights), `worker` (the ranks), `leading`, `following` and `fragments` (plan streams),
 //! `communicators`, `canary`, `probe`, `mailbox`, `slot_lock`, `clock`.
 
 mod canary;
@@ -20,6 +20,7 @@ pub mod config;
 pub mod error;
 pub mod fetch;
 mod following;
+mod fragments;
 pub mod generate;
 mod leading;
 mod lifecycle;

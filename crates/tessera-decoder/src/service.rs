@@ -19,6 +19,8 @@ use crate::generate::{Attempts, RESPONSES_IN_FLIGHT, serve};
 
 /// A health stream says something at least this often.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
+/// Longest wait for a stream's first message.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
 /// Health messages on their way to one watcher; more than that and it misses none, it waits.
 const HEALTH_IN_FLIGHT: usize = 4;
 
@@ -120,7 +122,9 @@ impl pb::decoder_server::Decoder for DecoderService {
         request: Request<Streaming<pb::GenerateRequest>>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let mut requests = request.into_inner();
-        let first = requests.next().await.transpose()?.and_then(|request| request.message);
+        let first = tokio::time::timeout(START_TIMEOUT, requests.next()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("no start in time"))?;
+        let first = first.transpose()?.and_then(|request| request.message);
         let Some(pb::generate_request::Message::Start(start)) = first else {
             return Err(crate::error::refused("start", "the first message must be a start"));
         };
