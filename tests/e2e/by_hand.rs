@@ -1,38 +1,55 @@
-//! The README's 'cluster by hand': a real etcd and every role started on its own give what `tessera up`
-//! gives.
+//! The README's 'Cluster by hand', as it stands there: a real etcd and every role started on its own
+//! give what `tessera up` gives.
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 use tessera_tests::cluster::Endpoints;
 use tessera_tests::etcd::Etcd;
 use tessera_tests::golden::{CASES, Golden};
 use tessera_tests::process::Process;
-use tessera_tests::{chat, fixtures, http, ports, roles, tree, wait};
+use tessera_tests::{chat, http, ports, readme, roles, tree, wait};
+
+/// The etcd of the README.
+const ETCD: &str = "etcd://127.0.0.1:2379";
+
+/// Arguments of every `tessera` in the block, with its etcd replaced by ours.
+fn commands(membership: &str) -> Vec<Vec<String>> {
+    let lines = readme::commands("Cluster by hand");
+    let model = lines.iter().find_map(|line| line.strip_prefix("M=")).expect("the block sets M");
+    let programs = lines.iter().filter_map(|line| line.strip_prefix("target/debug/tessera "));
+    let word = |word: &str| match word {
+        "$M" => model.to_owned(),
+        ETCD => membership.to_owned(),
+        other => other.to_owned(),
+    };
+    let words =
+        |line: &str| line.split_whitespace().filter(|&word| word != "&").map(word).collect();
+    programs.map(words).collect()
+}
 
 #[test]
-fn roles_on_a_real_etcd_work_the_same() {
+fn the_readmes_cluster_by_hand_works_the_same() {
     let directory = TempDir::new().expect("a directory");
     let etcd = Etcd::start();
     let endpoints = Endpoints::free();
-    let model = fixtures::model("tiny");
-    let membership = etcd.membership();
-    let start = |name: &str, more: &[&str]| -> Process {
-        let role = name.split('-').next().expect("a role");
-        let mut arguments = vec![role, "--model", model.to_str().expect("UTF-8")];
-        arguments.extend(["--cluster", "by-hand", "--membership", &membership]);
-        arguments.extend(more);
-        roles::start(name, arguments, directory.path())
+    let mut admin = Vec::new();
+    let mut start = |(index, mut arguments): (usize, Vec<String>)| -> Process {
+        let role = arguments[0].clone();
+        // Ports of our own; all else is the README's.
+        if role == "router" {
+            let (http, grpc) = (endpoints.http.to_string(), endpoints.grpc.to_string());
+            arguments.extend(["--http".to_owned(), http, "--grpc".to_owned(), grpc]);
+        }
+        admin.push(ports::free());
+        arguments.extend(["--admin".to_owned(), admin[index].to_string()]);
+        let mut command = roles::command(&arguments);
+        command.current_dir(readme::root());
+        Process::start(&format!("{role}-{index}"), &mut command, directory.path())
     };
-    let (http, grpc) = (endpoints.http.to_string(), endpoints.grpc.to_string());
-    let state = directory.path().to_str().expect("UTF-8");
-    let decoder = ["--group", "g0", "--tp", "2", "--state-dir", state, "--listen", "127.0.0.1:0"];
-    let admin = [(); 4].map(|()| ports::free());
-    let [a, b, c, d] = admin.map(|address| address.to_string());
-    let mut processes = vec![
-        start("router", &["--http", &http, "--grpc", &grpc, "--admin", &a]),
-        start("encoder", &["--listen", "127.0.0.1:0", "--admin", &b]),
-        start("decoder-0", &[decoder.as_slice(), &["--slot", "0", "--admin", &c]].concat()),
-        start("decoder-1", &[decoder.as_slice(), &["--slot", "1", "--admin", &d]].concat()),
-    ];
+    let commands = commands(&etcd.membership());
+    let roles: Vec<_> = commands.iter().map(|arguments| arguments[0].clone()).collect();
+    assert_eq!(roles, ["encoder", "decoder", "decoder", "router"]);
+    let mut processes: Vec<_> = commands.into_iter().enumerate().map(&mut start).collect();
     wait::until("the cluster is ready", || {
         for process in &mut processes {
             let exited = process.exited();
@@ -61,7 +78,7 @@ fn roles_on_a_real_etcd_work_the_same() {
     // Each role ends cleanly by itself when it is told to.
     let ids: Vec<_> = processes.iter().map(|process| process.id().clone()).collect();
     for process in &mut processes {
-        process.signal(rustix::process::Signal::TERM);
+        process.signal(Signal::TERM);
         let status = process.wait();
         assert!(status.success(), "{status}: {}", process.log());
     }

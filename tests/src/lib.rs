@@ -10,7 +10,7 @@
 //! Modules: [`binary`] (the program under test), [`process`] and [`tree`] (processes, their logs,
 //! children, ports), [`cluster`] (`tessera up`), [`roles`] (single roles), [`shared`] (clusters that
 //! several tests use), [`etcd`], [`http`] and [`sse`] (a small HTTP client), [`grpc`], [`fixtures`],
-//! [`golden`], [`chat`] (requests), [`ports`], [`wait`].
+//! [`golden`], [`chat`] (requests), [`readme`], [`ports`], [`wait`].
 
 pub mod binary;
 pub mod chat;
@@ -22,6 +22,7 @@ pub mod grpc;
 pub mod http;
 pub mod ports;
 pub mod process;
+pub mod readme;
 pub mod roles;
 pub mod shared;
 pub mod sse;

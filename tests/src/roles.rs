@@ -1,7 +1,6 @@
 //! Single roles, as an operator starts them.
 
 use std::ffi::OsStr;
-use std::path::Path;
 use std::process::{Command, ExitStatus};
 
 use tempfile::TempDir;
@@ -14,15 +13,6 @@ pub fn command(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Comman
     let mut command = Command::new(binary::tessera());
     command.args(arguments);
     command
-}
-
-/// Starts a role; its log goes to `directory`.
-pub fn start(
-    name: &str,
-    arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
-    directory: &Path,
-) -> Process {
-    Process::start(name, &mut command(arguments), directory)
 }
 
 /// A role that was expected to refuse to start.
@@ -39,7 +29,7 @@ pub struct Refusal {
 /// When it does not end.
 pub fn run_to_end(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Refusal {
     let directory = TempDir::new().expect("a directory");
-    let mut process = start("role", arguments, directory.path());
+    let mut process = Process::start("role", &mut command(arguments), directory.path());
     let status = process.wait();
     Refusal { status, output: process.log() }
 }
