@@ -56,8 +56,8 @@ pub use keys::{ClusterName, GroupName, Keys, StoreKey};
 pub use leader::Leader;
 pub use lease_keeper::LeaseKeeper;
 pub use records::{
-    ActiveRecord, ActiveState, CanaryRecord, DecoderCapacity, DecoderMember, EncoderMember, EpochRecord,
-    EpochSpec, IdRecord, MemberInfo, MemberRole, ModelIdentity, ReadyRecord, Record,
+    ActiveRecord, ActiveState, CanaryRecord, DecoderCapacity, DecoderMember, EncoderMember,
+    EpochRecord, EpochSpec, IdRecord, MemberInfo, MemberRole, ModelIdentity, ReadyRecord, Record,
     SlotAssignment,
 };
 pub use request::RequestSession;

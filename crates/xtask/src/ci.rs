@@ -49,7 +49,10 @@ fn program(root: &Path, program: &Path, arguments: &[&str]) -> bool {
         Ok(status) => status.success(),
         Err(error) => {
             let name = program.file_name().unwrap_or_default().display();
-            eprintln!("{name} {}: {error}; `make test` installs what is missing", arguments.join(" "));
+            eprintln!(
+                "{name} {}: {error}; `make test` installs what is missing",
+                arguments.join(" ")
+            );
             false
         }
     }
