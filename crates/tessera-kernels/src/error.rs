@@ -69,6 +69,18 @@ pub enum KernelError {
         #[source]
         source: Box<candle_core::Error>,
     },
+    #[error("no memory for an array of {bytes} bytes")]
+    OutOfMemory {
+        bytes: usize,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{threads} compute threads could not be started")]
+    Threads {
+        threads: usize,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the step did not complete before its deadline")]
     DeadlineExceeded,
 }

@@ -10,10 +10,11 @@
 //!
 //! Modules: [`backend`] (the trait), [`act`] (slots and handles), [`inputs`] (a step's data),
 //! [`weights`] (what to load), [`progress`] (the layer counter), [`reference`](mod@reference) (f32 on
-//! the host), [`sampling`] (drawing a token from a row of logits), [`error`].
+//! the host), [`cpu`] (SIMD kernels on packed weights), [`sampling`] (drawing a token from a row of logits), [`error`].
 
 pub mod act;
 pub mod backend;
+pub mod cpu;
 pub mod error;
 pub mod inputs;
 pub mod progress;
@@ -25,6 +26,7 @@ pub use act::{Act, ActKind, DType, SlotId, SlotSpec};
 pub use backend::{
     Backend, Caps, Epilogue, GatherRows, GraphKey, HeadShape, KvSpec, RopeSpec, Segments, StepKind,
 };
+pub use cpu::{CpuBackend, CpuFormat};
 pub use error::{KernelError, Result, WeightError};
 pub use inputs::{
     HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, StepInputs, StepLimits,

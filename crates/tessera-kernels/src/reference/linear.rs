@@ -133,7 +133,7 @@ fn read_padded(
 }
 
 /// x · Φ(x), with the error function itself rather than its tanh approximation.
-fn gelu(x: f32) -> f32 {
+pub(crate) fn gelu(x: f32) -> f32 {
     let x = f64::from(x);
     let phi = 0.5 * (1.0 + candle_core::cpu::erf::erf_f64(x * std::f64::consts::FRAC_1_SQRT_2));
     (x * phi) as f32

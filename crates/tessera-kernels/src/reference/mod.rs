@@ -6,14 +6,14 @@
 
 mod attention;
 mod kv;
-mod linear;
+pub(crate) mod linear;
 mod matmul;
 mod norm;
 mod numerics;
-mod rope;
-mod sampler;
-mod slots;
-mod validate;
+pub(crate) mod rope;
+pub(crate) mod sampler;
+pub(crate) mod slots;
+pub(crate) mod validate;
 
 use std::time::Instant;
 
@@ -72,7 +72,7 @@ impl ReferenceBackend {
         Self {
             caps,
             limits: StepLimits::default(),
-            slots: Slots::default(),
+            slots: Slots::new(NAME),
             inputs: StepInputs::default(),
             vision: VisionInputs::default(),
             communicator: Communicator::single(),
@@ -101,13 +101,13 @@ impl Default for ReferenceBackend {
 }
 
 /// Names the operation in which a communicator failed.
-fn collective(
+pub(crate) fn collective(
     operation: &'static str,
 ) -> impl Fn(tessera_collective::CollectiveError) -> KernelError {
     move |source| KernelError::Communicator { operation, source }
 }
 
-fn expect(
+pub(crate) fn expect(
     operation: &'static str,
     what: &'static str,
     expected: usize,
@@ -146,7 +146,7 @@ impl Backend for ReferenceBackend {
     }
 
     fn plan(&mut self, slots: &[SlotSpec], max: &StepLimits) -> Result<MemoryReport> {
-        self.slots = Slots::plan(slots);
+        self.slots = Slots::plan(NAME, slots);
         self.limits = *max;
         self.sampler = Sampler::new(max);
         Ok(MemoryReport {

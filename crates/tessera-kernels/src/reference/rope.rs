@@ -14,14 +14,14 @@ fn inverse_frequencies(theta: f64, dim: u32, count: u32) -> Vec<f32> {
 }
 
 /// Angles of the decoder: frequencies are cut into three runs that follow T, H and W.
-pub(super) struct DecoderRope {
+pub(crate) struct DecoderRope {
     frequencies: Vec<f32>,
     /// Which of (t, h, w) each frequency follows.
     axes: Vec<usize>,
 }
 
 impl DecoderRope {
-    pub(super) fn new(spec: &RopeSpec, head_dim: u32) -> Self {
+    pub(crate) fn new(spec: &RopeSpec, head_dim: u32) -> Self {
         let frequencies = inverse_frequencies(spec.theta, head_dim, head_dim / 2);
         let runs = spec.sections.iter().enumerate();
         let axes = runs.flat_map(|(axis, count)| vec![axis; *count as usize]).collect();
@@ -29,25 +29,25 @@ impl DecoderRope {
     }
 
     /// Cosine and sine `[head_dim / 2]` at one position.
-    pub(super) fn angles(&self, position: [i32; 3]) -> Vec<(f32, f32)> {
+    pub(crate) fn angles(&self, position: [i32; 3]) -> Vec<(f32, f32)> {
         let frequencies = self.frequencies.iter().zip(&self.axes);
         frequencies.map(|(frequency, axis)| cos_sin(position[*axis] as f32 * frequency)).collect()
     }
 }
 
 /// Angles of the vision tower: the first half of the frequencies follows the row, the second the column.
-pub(super) struct VisionRope {
+pub(crate) struct VisionRope {
     frequencies: Vec<f32>,
 }
 
 impl VisionRope {
-    pub(super) fn new(heads: HeadShape) -> Self {
+    pub(crate) fn new(heads: HeadShape) -> Self {
         let dim = heads.head_dim / 2;
         Self { frequencies: inverse_frequencies(VISION_THETA, dim, dim / 2) }
     }
 
     /// Cosine and sine `[head_dim / 2]` of the patch at (row, col).
-    pub(super) fn angles(&self, row_col: [u32; 2]) -> Vec<(f32, f32)> {
+    pub(crate) fn angles(&self, row_col: [u32; 2]) -> Vec<(f32, f32)> {
         let along = |at: u32| self.frequencies.iter().map(move |f| cos_sin(at as f32 * f));
         along(row_col[0]).chain(along(row_col[1])).collect()
     }
@@ -59,7 +59,7 @@ fn cos_sin(angle: f32) -> (f32, f32) {
 }
 
 /// Rotates one head `[head_dim]` in place.
-pub(super) fn rotate(head: &mut [f32], angles: &[(f32, f32)]) {
+pub(crate) fn rotate(head: &mut [f32], angles: &[(f32, f32)]) {
     let (first, second) = head.split_at_mut(angles.len());
     for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(angles) {
         (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);

@@ -14,7 +14,7 @@ const NO_TOKEN: TokenId = TokenId::MAX;
 
 /// The table of running sequences as the sampler sees it, indexed by slot.
 #[derive(Debug, Default)]
-pub(super) struct Sampler {
+pub(crate) struct Sampler {
     num_real_tokens: usize,
     table: Vec<Option<SamplerSlot>>,
 }
@@ -40,17 +40,17 @@ impl GatheredLogits {
 }
 
 impl Sampler {
-    pub(super) fn new(max: &StepLimits) -> Self {
+    pub(crate) fn new(max: &StepLimits) -> Self {
         let table = (0..max.max_sequences).map(|_| None).collect();
         Self { num_real_tokens: max.num_real_tokens as usize, table }
     }
 
-    pub(super) fn last_sampled(&self, slot: SequenceSlot) -> Result<TokenId> {
+    pub(crate) fn last_sampled(&self, slot: SequenceSlot) -> Result<TokenId> {
         let row = self.table.get(slot.index()).and_then(Option::as_ref);
         row.map(|row| row.last).ok_or(KernelError::VacantSlot { slot })
     }
 
-    pub(super) fn admit(&mut self, sequence: SamplerSequence<'_>) -> Result<()> {
+    pub(crate) fn admit(&mut self, sequence: SamplerSequence<'_>) -> Result<()> {
         let slot = sequence.slot;
         let row = self.table.get_mut(slot.index()).ok_or(KernelError::VacantSlot { slot })?;
         let last = sequence.output.last().or(sequence.prompt.last());
@@ -62,14 +62,14 @@ impl Sampler {
         Ok(())
     }
 
-    pub(super) fn release(&mut self, slot: SequenceSlot) {
+    pub(crate) fn release(&mut self, slot: SequenceSlot) {
         if let Some(row) = self.table.get_mut(slot.index()) {
             *row = None;
         }
     }
 
     /// Draws one token per row of the local logits `[R, V/tp]`.
-    pub(super) fn sample(
+    pub(crate) fn sample(
         &mut self,
         communicator: &mut Communicator,
         logits: &[f32],
@@ -134,7 +134,7 @@ impl Sampler {
     }
 
     /// Log probability of each row's target.
-    pub(super) fn score(
+    pub(crate) fn score(
         &self,
         communicator: &mut Communicator,
         logits: &[f32],

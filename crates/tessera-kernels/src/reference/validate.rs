@@ -4,7 +4,7 @@ use crate::error::{KernelError, Result};
 use crate::inputs::{StepInputs, StepLimits, VisionInputs};
 
 /// Bytes of the largest step's inputs.
-pub(super) fn inputs_bytes(max: &StepLimits) -> u64 {
+pub(crate) fn inputs_bytes(max: &StepLimits) -> u64 {
     // Token source 8, position 12, slot 8, visual row 4; per sequence cu_q, kv_len and a row of blocks.
     let tokens = u64::from(max.max_tokens) * 32;
     let sequences =
@@ -39,7 +39,7 @@ fn prefix_sums(field: &'static str, sums: &[u32]) -> Result<()> {
 }
 
 /// A decoder step: lengths agree, prefix sums ascend, rows and slots lie inside.
-pub(super) fn step(inputs: &StepInputs, limits: &StepLimits) -> Result<()> {
+pub(crate) fn step(inputs: &StepInputs, limits: &StepLimits) -> Result<()> {
     let (tokens, sequences) = (inputs.token_source.len(), inputs.kv_len.len());
     at_most("token_source", limits.max_tokens, tokens)?;
     at_most("kv_len", limits.max_sequences, sequences)?;
@@ -77,7 +77,7 @@ pub(super) fn step(inputs: &StepInputs, limits: &StepLimits) -> Result<()> {
 }
 
 /// A vision step: segments cover all patches, and `inverse` names merged rows.
-pub(super) fn vision(inputs: &VisionInputs, limits: &StepLimits) -> Result<()> {
+pub(crate) fn vision(inputs: &VisionInputs, limits: &StepLimits) -> Result<()> {
     let patches = inputs.row_col.len();
     at_most("row_col", limits.max_tokens, patches)?;
     at_most("inverse", limits.max_visual_rows, inputs.inverse.len())?;

@@ -1,6 +1,6 @@
 //! M-RoPE, the paged cache and paged attention against plain causal attention over whole sequences.
 
-use tessera_kernels::{KvSpec, RopeSpec, StepInputs, TokenSource};
+use tessera_kernels::{Backend, KvSpec, RopeSpec, StepInputs, TokenSource};
 use tessera_types::{BlockCopy, BlockId};
 
 use crate::support::*;
@@ -129,7 +129,7 @@ fn twin(sequence: &Sequence, shape: &Shape) -> Vec<f64> {
 
 /// Computes the next `counts[i]` tokens of sequence i in one step, with `padding` poisoned tokens after
 /// them, and returns the output rows of each sequence.
-fn step<B: TestBackend>(
+fn step<B: Backend>(
     b: &mut B,
     kv: &mut B::Kv,
     shape: &Shape,

@@ -1,6 +1,6 @@
 //! Linears, norms and what is fused with them, on one rank and on several.
 
-use tessera_kernels::{Epilogue, LinearSpec, PartLayout, WeightFormat};
+use tessera_kernels::{Backend, Epilogue, LinearSpec, PartLayout, WeightFormat};
 
 use crate::support::*;
 

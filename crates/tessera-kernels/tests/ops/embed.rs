@@ -1,6 +1,6 @@
 //! Embedding over a split vocabulary, with visual rows.
 
-use tessera_kernels::{GatherRows, StepInputs, TokenSource};
+use tessera_kernels::{Backend, GatherRows, StepInputs, TokenSource};
 
 use crate::support::*;
 

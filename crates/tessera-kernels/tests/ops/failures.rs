@@ -2,16 +2,22 @@
 
 use tessera_collective::CollectiveError;
 use tessera_kernels::{
-    Backend, KernelError, KvSpec, ReferenceBackend, RopeSpec, SampleRow, SamplerSequence,
-    StepInputs, StepLimits, TokenSource, VisionInputs,
+    Backend, KernelError, KvSpec, RopeSpec, SampleRow, SamplerSequence, StepInputs, StepLimits,
+    TokenSource, VisionInputs,
 };
 use tessera_types::{BlockId, LateInputs, SamplingParams, SequenceId, SequenceSlot};
 
 use crate::support::*;
 
-fn backend() -> ReferenceBackend {
-    planned(LIMITS)
-}
+backend_tests!(
+    contradicting_step_inputs_are_refused_by_field,
+    segments_that_miss_patches_are_refused,
+    unknown_slots_wide_views_and_overlaps_are_refused,
+    tokens_and_blocks_outside_of_their_tables_are_refused,
+    an_aborted_epoch_fails_the_operation_that_reduces,
+    a_new_epoch_starts_without_tokens_of_the_last,
+    layers_are_counted_where_another_thread_can_see_it,
+);
 
 fn step(tokens: usize) -> StepInputs {
     StepInputs {
@@ -27,8 +33,7 @@ fn step(tokens: usize) -> StepInputs {
     }
 }
 
-#[test]
-fn contradicting_step_inputs_are_refused_by_field() {
+fn contradicting_step_inputs_are_refused_by_field<B: TestBackend>() {
     type Edit = fn(&mut StepInputs);
     let cases: [(&str, Edit); 10] = [
         ("positions", |inputs| inputs.positions.truncate(1)),
@@ -44,37 +49,35 @@ fn contradicting_step_inputs_are_refused_by_field() {
     ];
     for (expected, edit) in cases {
         let mut inputs = step(3);
-        backend().upload(&inputs).unwrap();
+        planned::<B>(LIMITS).upload(&inputs).unwrap();
         edit(&mut inputs);
-        let error = backend().upload(&inputs).unwrap_err();
+        let error = planned::<B>(LIMITS).upload(&inputs).unwrap_err();
         let found = matches!(&error, KernelError::Input { field, .. } if *field == expected);
         assert!(found, "{expected}: {error}");
     }
 }
 
-#[test]
-fn segments_that_miss_patches_are_refused() {
+fn segments_that_miss_patches_are_refused<B: TestBackend>() {
     let good = VisionInputs {
         row_col: vec![[0, 0]; 8],
         cu_window: vec![0, 4, 8],
         cu_full: vec![0, 8],
         inverse: vec![1, 0],
     };
-    backend().upload_vision(&good).unwrap();
+    planned::<B>(LIMITS).upload_vision(&good).unwrap();
     let bad = [
         VisionInputs { cu_full: vec![0, 7], ..good.clone() },
         VisionInputs { cu_window: vec![0, 8, 4], ..good.clone() },
         VisionInputs { inverse: vec![0, 2], ..good.clone() },
     ];
     for inputs in bad {
-        let error = backend().upload_vision(&inputs).unwrap_err();
+        let error = planned::<B>(LIMITS).upload_vision(&inputs).unwrap_err();
         assert!(matches!(error, KernelError::Input { .. }), "{error}");
     }
 }
 
-#[test]
-fn unknown_slots_wide_views_and_overlaps_are_refused() {
-    let mut b = backend();
+fn unknown_slots_wide_views_and_overlaps_are_refused<B: TestBackend>() {
+    let mut b = planned::<B>(LIMITS);
     let norm = {
         let mut weights = MemoryWeights::default();
         weights.add("norm.weight", &[8], &mut Noise::new(50));
@@ -88,9 +91,8 @@ fn unknown_slots_wide_views_and_overlaps_are_refused() {
     assert!(matches!(error, KernelError::SlotOverlap { .. }));
 }
 
-#[test]
-fn tokens_and_blocks_outside_of_their_tables_are_refused() {
-    let mut b = backend();
+fn tokens_and_blocks_outside_of_their_tables_are_refused<B: TestBackend>() {
+    let mut b = planned::<B>(LIMITS);
     let (mut noise, mut weights) = (Noise::new(51), MemoryWeights::default());
     weights.add("embed.weight", &[16, 8], &mut noise);
     let spec = stacked(vec![part("embed", [16, 8], 0..16, 0..8, false)]);
@@ -114,10 +116,9 @@ fn tokens_and_blocks_outside_of_their_tables_are_refused() {
     assert!(matches!(b.zero_blocks(&mut kv), Err(KernelError::Input { field: "zero_blocks", .. })));
 }
 
-#[test]
-fn an_aborted_epoch_fails_the_operation_that_reduces() {
+fn an_aborted_epoch_fails_the_operation_that_reduces<B: TestBackend>() {
     let aborted = on_ranks(2, |communicator| {
-        let mut b = backend();
+        let mut b = planned::<B>(LIMITS);
         let mut weights = MemoryWeights::default();
         weights.add("norm.weight", &[8], &mut Noise::new(52));
         let norm = b.load_norm(&norm_spec("norm.weight", 8), &mut weights).unwrap();
@@ -137,9 +138,8 @@ fn an_aborted_epoch_fails_the_operation_that_reduces() {
     }
 }
 
-#[test]
-fn a_new_epoch_starts_without_tokens_of_the_last() {
-    let mut b: ReferenceBackend = planned(StepLimits { num_real_tokens: 8, ..LIMITS });
+fn a_new_epoch_starts_without_tokens_of_the_last<B: TestBackend>() {
+    let mut b = planned::<B>(StepLimits { num_real_tokens: 8, ..LIMITS });
     let params = SamplingParams::default();
     let slot = SequenceSlot(1);
     let sequence = SamplerSequence {
@@ -161,9 +161,8 @@ fn a_new_epoch_starts_without_tokens_of_the_last() {
     assert!(matches!(error, KernelError::VacantSlot { slot: SequenceSlot(1) }));
 }
 
-#[test]
-fn layers_are_counted_where_another_thread_can_see_it() {
-    let mut b = backend();
+fn layers_are_counted_where_another_thread_can_see_it<B: TestBackend>() {
+    let mut b = planned::<B>(LIMITS);
     let progress = b.progress();
     b.layer_done();
     b.layer_done();

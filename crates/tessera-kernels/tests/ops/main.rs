@@ -6,6 +6,7 @@ mod attention;
 mod dense;
 mod embed;
 mod failures;
+mod same_bits;
 mod sampling;
 mod support;
 mod vision;

@@ -5,35 +5,84 @@ use std::collections::HashMap;
 use half::bf16;
 use tessera_collective::{Communicator, threads};
 use tessera_kernels::{
-    Act, ActKind, Backend, DType, HostRows, LinearPart, LinearSpec, NormSpec, PartLayout,
-    ReferenceBackend, SliceReader, SlotId, SlotSpec, StepLimits, TensorSlice, WeightError,
-    WeightFormat,
+    Act, ActKind, Backend, CpuBackend, CpuFormat, DType, HostRows, LinearPart, LinearSpec,
+    NormSpec, PartLayout, ReferenceBackend, SliceReader, SlotId, SlotSpec, StepLimits, TensorSlice,
+    WeightError, WeightFormat, cpu::Path,
 };
 use tessera_types::Epoch;
 
 /// A backend that the tests can make, with the error it is allowed.
-pub trait TestBackend: Backend {
-    fn make() -> Self;
+pub trait TestBackend {
+    type Backend: Backend;
+    fn make() -> Self::Backend;
     /// Largest difference to the f64 twin, as a share of the twin's largest value.
     const TOLERANCE: f64;
 }
 
-impl TestBackend for ReferenceBackend {
-    fn make() -> Self {
-        Self::new()
+/// Rounding of f32 sums.
+const F32_TOLERANCE: f64 = 2e-6;
+/// Rounding of inputs to BF16, 2⁻⁹ of each: queries, keys and values after the rotation, probabilities.
+const BF16_TOLERANCE: f64 = 1.0 / 128.0;
+
+/// f32 on the host.
+pub struct Reference;
+
+impl TestBackend for Reference {
+    type Backend = ReferenceBackend;
+    fn make() -> Self::Backend {
+        ReferenceBackend::new()
     }
-    const TOLERANCE: f64 = 2e-6;
+    const TOLERANCE: f64 = F32_TOLERANCE;
+}
+
+/// The CPU backend with f32 weights, and an odd number of threads.
+pub struct CpuF32;
+
+impl TestBackend for CpuF32 {
+    type Backend = CpuBackend;
+    fn make() -> Self::Backend {
+        CpuBackend::new(3, CpuFormat::F32).unwrap()
+    }
+    const TOLERANCE: f64 = F32_TOLERANCE;
+}
+
+/// The CPU backend as it serves.
+pub struct CpuBf16;
+
+impl TestBackend for CpuBf16 {
+    type Backend = CpuBackend;
+    fn make() -> Self::Backend {
+        CpuBackend::new(2, CpuFormat::Bf16).unwrap()
+    }
+    const TOLERANCE: f64 = BF16_TOLERANCE;
+}
+
+/// What every machine can run.
+pub struct CpuPortable;
+
+impl TestBackend for CpuPortable {
+    type Backend = CpuBackend;
+    fn make() -> Self::Backend {
+        CpuBackend::with_path(1, CpuFormat::Bf16, Path::Portable).unwrap()
+    }
+    const TOLERANCE: f64 = BF16_TOLERANCE;
 }
 
 /// Instantiates generic tests for every backend.
 macro_rules! backend_tests {
-    ($($test:ident),* $(,)?) => {
-        mod reference {
+    (@$module:ident $backend:ident: $($test:ident),*) => {
+        mod $module {
             $(#[test]
             fn $test() {
-                super::$test::<tessera_kernels::ReferenceBackend>();
+                super::$test::<crate::support::$backend>();
             })*
         }
+    };
+    ($($test:ident),* $(,)?) => {
+        backend_tests!(@reference Reference: $($test),*);
+        backend_tests!(@cpu_f32 CpuF32: $($test),*);
+        backend_tests!(@cpu_bf16 CpuBf16: $($test),*);
+        backend_tests!(@cpu_portable CpuPortable: $($test),*);
     };
 }
 pub(crate) use backend_tests;
@@ -141,7 +190,7 @@ pub const LIMITS: StepLimits = StepLimits {
 };
 
 /// A backend whose slots 0 to 5 hold 512 × 768 elements each.
-pub fn planned<B: TestBackend>(limits: StepLimits) -> B {
+pub fn planned<B: TestBackend>(limits: StepLimits) -> B::Backend {
     let mut b = B::make();
     let slot = |id| SlotSpec { slot: SlotId(id), max_rows: 512, cols: 768, dtype: DType::F32 };
     b.plan(&[0, 1, 2, 3, 4, 5].map(slot), &limits).unwrap();

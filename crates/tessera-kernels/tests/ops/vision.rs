@@ -1,6 +1,6 @@
 //! The vision tower's operations.
 
-use tessera_kernels::{GatherRows, HeadShape, Segments, VisionInputs};
+use tessera_kernels::{Backend, GatherRows, HeadShape, Segments, VisionInputs};
 
 use crate::support::*;
 

@@ -1,0 +1,197 @@
+//! What 32 bits of weight or activation mean: a pair of BF16 values, or one f32.
+//!
+//! Panels, register tiles and packed rows are arrays of words, so that one kernel serves both formats.
+
+use half::bf16;
+
+use super::isa::Isa;
+use crate::error::WeightError;
+use crate::weights::{SliceReader, TensorSlice};
+
+/// Format of weights, GEMM inputs, attention inputs and KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CpuFormat {
+    /// BF16, products accumulated in f32.
+    Bf16,
+    /// f32 throughout; twice the memory and traffic, the precision of the reference.
+    F32,
+}
+
+/// One format of words.
+pub(super) trait Word: 'static {
+    /// Values along K in one word.
+    const PER_WORD: usize;
+    type Element: Copy + Default + Send + Sync;
+
+    fn read(
+        src: &mut dyn SliceReader,
+        slice: &TensorSlice<'_>,
+        out: &mut [Self::Element],
+    ) -> Result<(), WeightError>;
+    /// The word at `index` of a row of weights; 0 where the row ends inside of it.
+    fn of_elements(row: &[Self::Element], index: usize) -> u32;
+    /// Rounds a row of activations to words; the last is filled up with 0.
+    fn pack(row: &[f32], out: &mut [u32]);
+    /// Spreads words into values, as many as `out` holds.
+    fn unpack(words: impl Iterator<Item = u32>, out: &mut [f32]);
+    /// Two rows of packed words `[len / PER_WORD]` as rows of a right operand: words that pair along the
+    /// rows, `[PER_WORD rows → 1, len]`. `second` is read by formats that hold two values in a word.
+    fn interleave(first: &[u32], second: Option<&[u32]>, out: &mut [u32]);
+    /// # Safety
+    /// That of [`Isa`].
+    #[allow(unsafe_code)]
+    unsafe fn mac<I: Isa>(acc: I::Floats, a: I::Words, b: I::Words) -> I::Floats;
+}
+
+/// Two BF16 values, the one of lower index in the low half.
+pub(super) struct Pairs;
+
+/// One f32.
+pub(super) struct Singles;
+
+/// Bits of `value` rounded to BF16, to nearest even; NaN stays NaN.
+#[inline(always)]
+fn bf16_bits(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    if value.is_nan() { (bits >> 16) | 0x40 } else { rounded }
+}
+
+impl Word for Pairs {
+    const PER_WORD: usize = 2;
+    type Element = bf16;
+
+    fn read(
+        src: &mut dyn SliceReader,
+        slice: &TensorSlice<'_>,
+        out: &mut [bf16],
+    ) -> Result<(), WeightError> {
+        src.read_bf16(slice, out)
+    }
+
+    #[inline(always)]
+    fn of_elements(row: &[bf16], index: usize) -> u32 {
+        let low = u32::from(row[2 * index].to_bits());
+        let high = row.get(2 * index + 1).map_or(0, |value| u32::from(value.to_bits()));
+        low | high << 16
+    }
+
+    #[inline(always)]
+    fn pack(row: &[f32], out: &mut [u32]) {
+        let (pairs, rest) = row.as_chunks::<2>();
+        for (word, [low, high]) in out.iter_mut().zip(pairs) {
+            *word = bf16_bits(*low) | bf16_bits(*high) << 16;
+        }
+        if let [last] = rest {
+            out[pairs.len()] = bf16_bits(*last);
+        }
+    }
+
+    #[inline(always)]
+    fn unpack(words: impl Iterator<Item = u32>, out: &mut [f32]) {
+        for (pair, word) in out.chunks_mut(2).zip(words) {
+            pair[0] = f32::from_bits(word << 16);
+            if let [_, high] = pair {
+                *high = f32::from_bits(word & 0xffff_0000);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn interleave(first: &[u32], second: Option<&[u32]>, out: &mut [u32]) {
+        let (out, _) = out.as_chunks_mut::<2>();
+        match second {
+            Some(second) => {
+                for ((out, a), b) in out.iter_mut().zip(first).zip(second) {
+                    *out = [a & 0xffff | b << 16, a >> 16 | b & 0xffff_0000];
+                }
+            }
+            None => {
+                for (out, a) in out.iter_mut().zip(first) {
+                    *out = [a & 0xffff, a >> 16];
+                }
+            }
+        }
+    }
+
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    unsafe fn mac<I: Isa>(acc: I::Floats, a: I::Words, b: I::Words) -> I::Floats {
+        // SAFETY: the caller's promise.
+        unsafe { I::mac_pairs(acc, a, b) }
+    }
+}
+
+impl Word for Singles {
+    const PER_WORD: usize = 1;
+    type Element = f32;
+
+    fn read(
+        src: &mut dyn SliceReader,
+        slice: &TensorSlice<'_>,
+        out: &mut [f32],
+    ) -> Result<(), WeightError> {
+        src.read_f32(slice, out)
+    }
+
+    #[inline(always)]
+    fn of_elements(row: &[f32], index: usize) -> u32 {
+        row[index].to_bits()
+    }
+
+    #[inline(always)]
+    fn pack(row: &[f32], out: &mut [u32]) {
+        out.iter_mut().zip(row).for_each(|(word, value)| *word = value.to_bits());
+    }
+
+    #[inline(always)]
+    fn unpack(words: impl Iterator<Item = u32>, out: &mut [f32]) {
+        out.iter_mut().zip(words).for_each(|(value, word)| *value = f32::from_bits(word));
+    }
+
+    #[inline(always)]
+    fn interleave(first: &[u32], _second: Option<&[u32]>, out: &mut [u32]) {
+        out[..first.len()].copy_from_slice(first);
+    }
+
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    unsafe fn mac<I: Isa>(acc: I::Floats, a: I::Words, b: I::Words) -> I::Floats {
+        // SAFETY: the caller's promise.
+        unsafe { I::mac_singles(acc, a, b) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_half_crate() {
+        let mut bits = 0u32;
+        for _ in 0..200_000 {
+            bits = bits.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let value = f32::from_bits(bits);
+            let (ours, theirs) = (bf16_bits(value), u32::from(bf16::from_f32(value).to_bits()));
+            assert_eq!(ours, theirs, "{value} ({bits:08x})");
+        }
+        for value in [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::NAN] {
+            assert_eq!(bf16_bits(value), u32::from(bf16::from_f32(value).to_bits()));
+        }
+    }
+
+    #[test]
+    fn words_hold_what_was_packed_at_any_length() {
+        for len in 1..9usize {
+            let row: Vec<f32> = (0..len).map(|i| i as f32 - 2.5).collect();
+            let mut words = vec![u32::MAX; len.div_ceil(2)];
+            Pairs::pack(&row, &mut words);
+            let elements: Vec<bf16> = row.iter().map(|value| bf16::from_f32(*value)).collect();
+            let expected = (0..words.len()).map(|index| Pairs::of_elements(&elements, index));
+            assert!(expected.eq(words.iter().copied()));
+            let mut back = vec![f32::NAN; len];
+            Pairs::unpack(words.into_iter(), &mut back);
+            assert_eq!(back, row);
+        }
+    }
+}
