@@ -18,14 +18,15 @@ fn quiet() -> Exclusive {
     shared::exclusive(&SLOT, &UpOptions::new("tiny", 1))
 }
 
+/// Sequences that the leader itself counts now; the router's view of them is a little old.
 fn running(cluster: &Cluster) -> u32 {
-    let group = cluster.grpc().group();
-    group.running + group.waiting
+    let load =
+        grpc::leader_health(&cluster.grpc().group()).load.expect("a leader reports its load");
+    load.running + load.waiting
 }
 
 fn steps(cluster: &Cluster) -> u64 {
-    let group = cluster.grpc().group();
-    grpc::leader_health(&group.address, "default", &group.name).steps
+    grpc::leader_health(&cluster.grpc().group()).steps
 }
 
 /// Starts a long answer, lets `leave` read some of it and go, and asserts that the sequence ended long
@@ -55,7 +56,6 @@ fn a_stream_that_is_dropped_stops() {
     assert_stops(&quiet(), |cluster| {
         let mut events = cluster.http().chat_stream(&text_body("Hello", MAX_TOKENS));
         assert_eq!(events.by_ref().take(5).count(), 5);
-        wait::until("the sequence runs", || running(cluster) == 1);
     });
 }
 
@@ -66,7 +66,6 @@ fn a_grpc_stream_that_is_dropped_stops() {
         let request = chat::request(prompt, chat::greedy(MAX_TOKENS));
         let mut events = cluster.grpc().generate(request).expect("is answered");
         assert!(events.by_ref().take(5).all(|event| event.is_ok()));
-        wait::until("the sequence runs", || running(cluster) == 1);
     });
 }
 
@@ -76,7 +75,7 @@ fn all_choices_of_a_client_that_leaves_stop() {
         let body = with(text_body("Hello", MAX_TOKENS), json!({"n": 3, "temperature": 1}));
         let mut events = cluster.http().chat_stream(&body);
         assert_eq!(events.by_ref().take(9).count(), 9);
-        wait::until("all choices run", || running(cluster) == 3);
+        wait::until("all choices run", || running(cluster) >= 3);
     });
 }
 
@@ -92,6 +91,6 @@ fn a_whole_answer_that_nobody_waits_for_stops() {
             body.len()
         );
         std::io::Write::write_all(&mut stream, format!("{head}{body}").as_bytes()).expect("sent");
-        wait::until("the sequence runs", || running(cluster) == 1);
+        grpc::wait_busy_group(&cluster.grpc());
     });
 }

@@ -3,7 +3,7 @@
 use rustix::process::Signal;
 use tessera_tests::cluster::{Cluster, UpOptions};
 use tessera_tests::golden::Golden;
-use tessera_tests::{chat, fixtures, tree, wait};
+use tessera_tests::{chat, fixtures, grpc, tree, wait};
 
 use crate::observed::{LONG, assert_serves, start_grpc};
 
@@ -23,13 +23,8 @@ fn two_of_each() -> Cluster {
 fn another_group_takes_new_requests_at_once() {
     let cluster = two_of_each();
     let golden = Golden::load("tiny", "text");
-    let mut readers = vec![start_grpc(&cluster.endpoints, &golden)];
-    let running = || {
-        let groups = cluster.grpc().cluster().expect("the router answers").groups;
-        groups.into_iter().filter(|group| group.running > 0).collect::<Vec<_>>()
-    };
-    wait::until("the sequence runs", || running().len() == 1);
-    let lost = running().remove(0);
+    let reader = start_grpc(&cluster.endpoints, &golden);
+    let lost = grpc::wait_busy_group(&cluster.grpc());
     let processes = cluster.processes("decoder");
     let of_group =
         processes.iter().find(|process| process.flag("--group") == Some(lost.name.clone()));
@@ -37,7 +32,7 @@ fn another_group_takes_new_requests_at_once() {
     victim.signal(Signal::KILL);
     // No wait for the next epoch: a request that fails now would mean that nobody took over. The one
     // moment in which the router cannot know yet is over when the stream has ended.
-    let observed = readers.remove(0).finish();
+    let observed = reader.finish();
     assert!(observed.token_ids.len() < LONG as usize);
     for case in ["text", "image_odd", "images"] {
         assert_serves(&cluster.endpoints, case);

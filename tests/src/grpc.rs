@@ -175,18 +175,34 @@ impl Client {
     }
 }
 
-/// The first health report of a group's leader.
+/// The first health report of a group's leader in the cluster `default`.
 ///
 /// # Panics
 /// When it cannot be had.
-pub fn leader_health(address: &str, cluster: &str, group: &str) -> HealthResponse {
-    let request = HealthRequest { cluster: cluster.to_owned(), group: group.to_owned() };
+pub fn leader_health(group: &Group) -> HealthResponse {
+    let request = HealthRequest { cluster: "default".to_owned(), group: group.name.clone() };
+    let address = &group.address;
     let call = async {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URL");
         let mut client = DecoderClient::new(endpoint.connect().await.expect("the leader listens"));
         client.health(request).await?.into_inner().message().await
     };
     block_on("Decoder.Health", call).expect("the leader reports").expect("a report")
+}
+
+/// Waits for a group that computes for a client, and returns it. The canary of an idle group takes a few
+/// steps now and then, and counts as running meanwhile; a client's sequence takes step after step.
+pub fn wait_busy_group(client: &Client) -> Group {
+    const MORE_THAN_A_CANARY: u64 = 50;
+    let groups = client.cluster().expect("the router answers").groups;
+    let steps = |group: &Group| leader_health(group).steps;
+    let before: Vec<u64> = groups.iter().map(steps).collect();
+    wait::for_value("a group computes", || {
+        let mut pairs = groups.iter().zip(&before);
+        let (busy, _) =
+            pairs.find(|(group, before)| steps(group) > **before + MORE_THAN_A_CANARY)?;
+        Some(busy.clone())
+    })
 }
 
 /// A streamed answer on its way. Dropping it cancels the request.
