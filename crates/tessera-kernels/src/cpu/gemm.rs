@@ -19,6 +19,10 @@ pub(super) const PANEL: usize = 32;
 /// Words of K for which a register tile stays in registers: a slice of a panel of 32 KiB.
 const SLICE_WORDS: usize = 256;
 
+/// Rows of a tile from which on the next slice is asked for while this one is multiplied. With fewer the
+/// loads themselves come fast enough for the hardware to run ahead, and asking only slows it.
+const AHEAD_ROWS: usize = 6;
+
 /// Rows cut into tiles of nearly equal size, none larger than the path's register tile.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiling {
@@ -177,7 +181,7 @@ pub(super) unsafe fn multiply<I: Isa, W: Word>(product: &Product) {
 }
 
 /// Packed rows times one panel: sums `[rows, 32]`. The panel goes through the cache in slices, each met
-/// by all tiles of rows; during the last of them the next slice is on its way.
+/// by all tiles of rows; during the last of them the next slice is on its way ([`AHEAD_ROWS`]).
 ///
 /// # Safety
 /// That of [`Isa`].
@@ -205,7 +209,11 @@ pub(super) unsafe fn multiply_panel<I: Isa, W: Word>(
                 c: sums[tile.start * PANEL..].as_mut_ptr(),
                 c_stride: PANEL,
                 fresh: start == 0,
-                ahead: if is_last { b.wrapping_add(len * PANEL) } else { b },
+                ahead: if is_last && tile.len() >= AHEAD_ROWS {
+                    b.wrapping_add(len * PANEL)
+                } else {
+                    b
+                },
             };
             // SAFETY: the assertion above covers a and c, the slice of the panel b.
             unsafe { multiply::<I, W>(&product) };

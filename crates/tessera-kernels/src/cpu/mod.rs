@@ -12,7 +12,11 @@
 //! | residual, partial sums over ranks, logits, visual rows | f32 | f32 |
 //!
 //! Bits depend on the format, the instruction set ([`Path`]) and the number of ranks, and never on threads,
-//! batch, chunks or block ids: see [`gemm`] and [`attention`].
+//! batch, chunks or block ids: `gemm` and `attention` say how.
+//!
+//! Modules: `backend` (the operations), `gemm` (the product), `linear`, `pack` (loading), `paged`, `segments` and
+//! `attention`, `kv`, `norm`, `rope`; under them `isa` (instruction sets), `word` (formats), `pool` (threads),
+//! `memory`, `scratch` and `compute`; [`CpuLimits`] measures the machine.
 
 mod attention;
 mod backend;

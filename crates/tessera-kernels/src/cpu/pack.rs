@@ -67,14 +67,15 @@ pub(super) fn pack_weights<W: Word>(
     Ok(words)
 }
 
-/// Words of 32 rows, transposed.
+/// Words of 32 rows, transposed block by block.
 fn pack_panel<'a, W: Word>(row: impl Fn(usize) -> &'a [W::Element], panel: &mut [u32]) {
     for (block, panel) in panel.chunks_mut(BLOCK_WORDS * PANEL).enumerate() {
-        for lane in 0..PANEL {
-            let row = row(lane);
-            for (k, words) in panel.chunks_exact_mut(PANEL).enumerate() {
-                words[lane] = W::of_elements(row, block * BLOCK_WORDS + k);
-            }
+        let mut words = [[0; BLOCK_WORDS]; PANEL];
+        for (lane, words) in words.iter_mut().enumerate() {
+            W::block(&row(lane)[block * BLOCK_WORDS * W::PER_WORD..], words);
+        }
+        for (k, panel) in panel.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            panel.iter_mut().zip(&words).for_each(|(to, words)| *to = words[k]);
         }
     }
 }

@@ -28,8 +28,9 @@ pub(super) trait Word: 'static {
         slice: &TensorSlice<'_>,
         out: &mut [Self::Element],
     ) -> Result<(), WeightError>;
-    /// The word at `index` of a row of weights; 0 where the row ends inside of it.
-    fn of_elements(row: &[Self::Element], index: usize) -> u32;
+    /// The first words of a row of weights, as many as `out` and the row hold; a last one is filled up
+    /// with 0.
+    fn block(row: &[Self::Element], out: &mut [u32]);
     /// Rounds a row of activations to words; the last is filled up with 0.
     fn pack(row: &[f32], out: &mut [u32]);
     /// Spreads words into values, as many as `out` holds.
@@ -70,10 +71,14 @@ impl Word for Pairs {
     }
 
     #[inline(always)]
-    fn of_elements(row: &[bf16], index: usize) -> u32 {
-        let low = u32::from(row[2 * index].to_bits());
-        let high = row.get(2 * index + 1).map_or(0, |value| u32::from(value.to_bits()));
-        low | high << 16
+    fn block(row: &[bf16], out: &mut [u32]) {
+        let (pairs, rest) = row.as_chunks::<2>();
+        for (word, [low, high]) in out.iter_mut().zip(pairs) {
+            *word = u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
+        }
+        if let ([last], Some(word)) = (rest, out.get_mut(pairs.len())) {
+            *word = u32::from(last.to_bits());
+        }
     }
 
     #[inline(always)]
@@ -135,8 +140,8 @@ impl Word for Singles {
     }
 
     #[inline(always)]
-    fn of_elements(row: &[f32], index: usize) -> u32 {
-        row[index].to_bits()
+    fn block(row: &[f32], out: &mut [u32]) {
+        out.iter_mut().zip(row).for_each(|(word, value)| *word = value.to_bits());
     }
 
     #[inline(always)]
@@ -187,8 +192,9 @@ mod tests {
             let mut words = vec![u32::MAX; len.div_ceil(2)];
             Pairs::pack(&row, &mut words);
             let elements: Vec<bf16> = row.iter().map(|value| bf16::from_f32(*value)).collect();
-            let expected = (0..words.len()).map(|index| Pairs::of_elements(&elements, index));
-            assert!(expected.eq(words.iter().copied()));
+            let mut expected = vec![u32::MAX; len.div_ceil(2)];
+            Pairs::block(&elements, &mut expected);
+            assert_eq!(words, expected);
             let mut back = vec![f32::NAN; len];
             Pairs::unpack(words.into_iter(), &mut back);
             assert_eq!(back, row);
