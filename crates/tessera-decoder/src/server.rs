@@ -28,11 +28,14 @@ pub(crate) async fn serve(
     stop: impl Future<Output = ()>,
 ) -> Result<(), DecoderError> {
     let (reporter, health) = tonic_health::server::health_reporter();
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .expect("the descriptors were generated with the code");
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let generated = "the descriptors were generated with the code";
+    let reflection_v1 = reflection().build_v1().expect(generated);
+    let reflection_v1alpha = reflection().build_v1alpha().expect(generated);
     let decoder = DecoderServer::new(decoder)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -44,7 +47,8 @@ pub(crate) async fn serve(
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(health)
-        .add_service(reflection)
+        .add_service(reflection_v1)
+        .add_service(reflection_v1alpha)
         .add_service(decoder)
         .add_service(group)
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop);

@@ -118,11 +118,14 @@ async fn serve(
 ) -> Result<(), EncoderError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<EncoderServer<EncoderService>>().await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .expect("the descriptors were generated with the code");
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let generated = "the descriptors were generated with the code";
+    let reflection_v1 = reflection().build_v1().expect(generated);
+    let reflection_v1alpha = reflection().build_v1alpha().expect(generated);
     let encoder = EncoderServer::new(service)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -131,7 +134,8 @@ async fn serve(
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(health_service)
-        .add_service(reflection)
+        .add_service(reflection_v1)
+        .add_service(reflection_v1alpha)
         .add_service(encoder)
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop)
         .await

@@ -97,10 +97,7 @@ pub enum ProcessorError {
     },
     #[error("the prompt has {tokens} tokens and leaves no room in the context of {context}")]
     PromptTooLong { tokens: u64, context: u32 },
-    #[error(
-        "the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, the context of this \
-         model holds {context}"
-    )]
+    #[error("{}max_tokens is {max_tokens}, the context of this model holds {context}", prompt_part(*prompt_tokens))]
     OutputTooLong { prompt_tokens: u32, max_tokens: u32, context: u32 },
     #[error(transparent)]
     Sampling(#[from] SamplingError),
@@ -112,6 +109,14 @@ pub enum ProcessorError {
     StopLength { got: usize, limit: usize },
     #[error("the prompt contradicts itself")]
     Prompt(#[from] PromptError),
+}
+
+/// A request is refused for `max_tokens` alone before its prompt is known.
+fn prompt_part(prompt_tokens: u32) -> String {
+    match prompt_tokens {
+        0 => String::new(),
+        tokens => format!("the prompt has {tokens} tokens and "),
+    }
 }
 
 impl ProcessorError {

@@ -181,7 +181,7 @@ impl Router {
 impl Tasks {
     /// Lets running requests end within `grace`, then ends everything.
     async fn end(self, grace: Duration) {
-        tracing::info!(requests = self.foreground.len(), "router drains");
+        tracing::info!(tasks = self.foreground.len(), "router drains");
         self.drain.cancel();
         self.foreground.close();
         self.background.close();

@@ -40,7 +40,7 @@ pub enum SequenceEvent {
 /// How full the scheduler is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Load {
-    /// Sequences with a slot.
+    /// Sequences with a slot, the reserve's not counted.
     pub running: u32,
     pub waiting: u32,
     pub num_blocks: u32,
@@ -248,8 +248,11 @@ impl Scheduler {
 
     /// How full the scheduler is.
     pub fn load(&self) -> Load {
+        // The reserve's sequence (the canary) is nobody's request.
+        let slots = self.running.iter().chain(&self.leaving);
+        let requested = slots.filter(|slot| !self.at(**slot).request.use_reserve);
         Load {
-            running: (self.running.len() + self.leaving.len()) as u32,
+            running: requested.count() as u32,
             waiting: self.waiting.len() as u32,
             num_blocks: self.pool.num_blocks() as u32,
             num_free_blocks: self.pool.num_free() as u32,

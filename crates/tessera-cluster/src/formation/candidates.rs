@@ -139,7 +139,7 @@ impl Formation {
 
     /// Of two instances with one slot and one host, the later holds the slot's lock, so the earlier is
     /// dead even while its lease lives.
-    fn is_replaced(&self, entry: &Entry<MemberInfo>, place: &DecoderMember) -> bool {
+    pub(super) fn is_replaced(&self, entry: &Entry<MemberInfo>, place: &DecoderMember) -> bool {
         let Some(host) = &place.slot_lock_host else { return false };
         self.members_of(place.slot).any(|(other, other_place)| {
             other_place.slot_lock_host.as_ref() == Some(host)

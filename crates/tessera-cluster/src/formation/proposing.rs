@@ -198,8 +198,14 @@ impl Formation {
         let validity = self.config.probe_validity;
         let mut gone = true;
         for instance in members {
-            let listed = self.mirror.members.contains_key(&instance);
-            gone &= !listed && self.probes.is_gone(instance, validity, now);
+            gone &= match self.mirror.members.get(&instance) {
+                // A lease outlives its process; the slot's lock does not.
+                Some(entry) => {
+                    let place = entry.value.decoder();
+                    place.is_some_and(|place| self.is_replaced(entry, place))
+                }
+                None => self.probes.is_gone(instance, validity, now),
+            };
         }
         gone
     }
