@@ -1,5 +1,5 @@
-//! Shares of the machine's limits that the linears of the 3B shape reach on this machine: reading at
-//! few rows, multiplying at many. Each kernel is measured right after its limit; medians of the shares.
+//! Shares of the machine's limits that the linears of the 3B shape reach: the time it takes to read the
+//! weights, or to make the products where that is more. Each kernel is measured right after its limits.
 
 use std::error::Error;
 use std::time::{Duration, Instant};
@@ -49,7 +49,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (format, path) = (CpuFormat::Bf16, Path::detect());
     let limits = CpuLimits::new(threads, format, path, 256 << 20)?;
     println!("{threads} threads, {}; medians of {PAIRS} pairs", path.name());
-    println!("{:>6} {:>6} {:>5} {:>9} {:>9} {:>8}", "K", "N", "rows", "kernel", "limit", "share");
+    println!(
+        "{:>6} {:>6} {:>5} {:>9} {:>9} {:>8}",
+        "K", "N", "rows", "kernel ms", "limit ms", "share"
+    );
     for (k, n) in SHAPES {
         let mut b = CpuBackend::new(threads, format)?;
         let slot = |id, cols| SlotSpec { slot: SlotId(id), max_rows: 512, cols, dtype: DType::F32 };
@@ -66,29 +69,24 @@ fn main() -> Result<(), Box<dyn Error>> {
             let (x, y) = (act(0, rows, k), act(1, rows, n));
             let (values, cols) = (vec![0.25; x.len()], x.cols);
             b.upload_rows(x, 0, HostRows { values: &values, cols })?;
-            // Few rows are bound by reading the weights, many by multiplying.
-            let reads = rows <= 16;
-            let (mut kernels, mut maxima, mut shares) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut kernels, mut limits_ms, mut shares) = (Vec::new(), Vec::new(), Vec::new());
             for _ in 0..PAIRS {
-                let limit = match reads {
-                    true => limits.read_bytes_per_second(),
-                    false => limits.multiply_flops(Duration::from_millis(50)),
-                };
+                // Neither the weights come faster than they are read, nor the products than they are made.
+                let reading = (2 * k * n) as f64 / limits.read_bytes_per_second();
+                let peak = limits.multiply_flops(Duration::from_millis(50));
+                let limit = reading.max((2 * k * n * rows) as f64 / peak);
                 let start = Instant::now();
                 let times = if rows > 64 { 1 } else { COPIES };
                 for linear in &linears[..times] {
                     b.linear(x, linear, Epilogue::None, y)?;
                 }
-                let seconds = start.elapsed().as_secs_f64() / times as f64;
-                let work = if reads { 2 * k * n } else { 2 * k * n * rows };
-                let rate = work as f64 / seconds;
-                kernels.push(rate / 1e9);
-                maxima.push(limit / 1e9);
-                shares.push(rate / limit);
+                let kernel = start.elapsed().as_secs_f64() / times as f64;
+                kernels.push(kernel * 1e3);
+                limits_ms.push(limit * 1e3);
+                shares.push(limit / kernel);
             }
-            let [kernel, limit, share] = [kernels, maxima, shares].map(median);
-            let unit = if reads { "GB/s" } else { "GFLOP/s" };
-            println!("{k:>6} {n:>6} {rows:>5} {kernel:>9.1} {limit:>9.1} {share:>8.2} {unit}");
+            let [kernel, limit, share] = [kernels, limits_ms, shares].map(median);
+            println!("{k:>6} {n:>6} {rows:>5} {kernel:>9.2} {limit:>9.2} {share:>8.2}");
         }
     }
     Ok(())
