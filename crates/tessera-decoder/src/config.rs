@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tessera_cluster::{DrainConfig, FormationConfig, StreamConfig};
 use tessera_engine::PlantedFaults;
+use tessera_kernels::{Device, UnknownDevice};
 use tessera_membership::ClusterAddress;
 use tessera_model::ModelSource;
 use tessera_telemetry::AdminConfig;
@@ -32,6 +33,10 @@ pub struct DecoderConfig {
     pub tp: u32,
     /// Ranks in each process of the group.
     pub ranks_per_process: u32,
+    /// What computes: `reference` (f32, slow), `cpu` (SIMD, BF16 weights) or `cpu-f32`.
+    pub device: String,
+    /// Threads of each rank on a CPU device; 0: the cores divided by the ranks of this process.
+    pub threads: usize,
     /// Directory of the slot's lock, shared by successive processes of a slot on one host. Holding it, a
     /// new process takes its predecessor's place without waiting for the lease to expire. Empty: no lock.
     pub state_dir: PathBuf,
@@ -95,6 +100,8 @@ impl Default for DecoderConfig {
             slot: 0,
             tp: 1,
             ranks_per_process: 1,
+            device: Device::default().to_string(),
+            threads: 0,
             state_dir: PathBuf::new(),
             block_size: 16,
             kv_cache_bytes: 256 << 20,
@@ -125,6 +132,17 @@ impl DecoderConfig {
     /// Processes in the group.
     pub fn num_slots(&self) -> u32 {
         self.tp / self.ranks_per_process.max(1)
+    }
+
+    /// What computes.
+    ///
+    /// # Errors
+    /// A name that is no device.
+    pub fn parse_device(&self) -> Result<Device, DecoderError> {
+        self.device.parse().map_err(|error: UnknownDevice| DecoderError::Config {
+            field: "decoder.device",
+            reason: error.to_string(),
+        })
     }
 
     /// First rank of this process.
@@ -171,6 +189,7 @@ impl DecoderConfig {
             "decoder.slot",
             "must be below tp / ranks_per_process",
         )?;
+        self.parse_device()?;
         check(self.block_size >= 1, "decoder.block_size", "must be at least 1")?;
         check(self.kv_cache_bytes >= 1, "decoder.kv_cache_bytes", "must be at least 1")?;
         check(self.max_sequences >= 1, "decoder.max_sequences", "must be at least 1")?;

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use tessera_cluster::{DecoderCapacity, ModelIdentity};
 use tessera_engine::{EngineConfig, LocalRanks, RankProgress, RankSpec};
-use tessera_kernels::{ReferenceBackend, StepLimits};
+use tessera_kernels::{CpuBackend, Device, ReferenceBackend, StepLimits};
 use tessera_model::{ModelConfig, Weights};
 use tessera_processor::{BlockKeyChain, ProcessorConfig, Tokenizer};
 use tessera_scheduler::SchedulerConfig;
@@ -62,7 +62,7 @@ pub(crate) fn load(config: &DecoderConfig) -> Result<Shard, DecoderError> {
     };
     let first = config.first_rank();
     let specs = (first..first + config.ranks_per_process).map(spec).collect();
-    let ranks = LocalRanks::load(specs, |_| ReferenceBackend::new()).map_err(model_error)?;
+    let ranks = load_ranks(config, specs)?;
     let num_kv_blocks = num_kv_blocks(config, &ranks)?;
     let numerics = numerics_of(&ranks);
     tracing::info!(
@@ -96,6 +96,24 @@ pub(crate) fn load(config: &DecoderConfig) -> Result<Shard, DecoderError> {
         block_keys: BlockKeyChain::new(language_fingerprint, numerics, config.block_size, "", []),
         engine,
     })
+}
+
+fn load_ranks(config: &DecoderConfig, specs: Vec<RankSpec>) -> Result<LocalRanks, DecoderError> {
+    let loaded = match config.parse_device()? {
+        Device::Reference => LocalRanks::load(specs, |_| Ok(ReferenceBackend::new())),
+        Device::Cpu(format) => {
+            let threads = match config.threads {
+                0 => available_cores() / specs.len().max(1),
+                threads => threads,
+            };
+            LocalRanks::load(specs, move |_| CpuBackend::new(threads.max(1), format))
+        }
+    };
+    loaded.map_err(model_error)
+}
+
+fn available_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn engine_config(

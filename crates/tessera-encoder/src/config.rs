@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tessera_kernels::{Device, UnknownDevice};
 use tessera_media::MediaLimits;
 use tessera_membership::ClusterAddress;
 use tessera_model::ModelSource;
@@ -21,6 +22,10 @@ pub struct EncoderConfig {
     /// host:port under which decoders and routers reach this process; default: the bound address.
     pub advertise: Option<String>,
     pub admin: AdminConfig,
+    /// What computes: `reference` (f32, slow), `cpu` (SIMD, BF16 weights) or `cpu-f32`.
+    pub device: String,
+    /// Threads of the vision tower on a CPU device; 0: all cores.
+    pub threads: usize,
     /// Embeddings kept, in bytes of f32 values.
     pub cache_bytes: u64,
     /// Media bytes held at once over all requests that are being received or prepared.
@@ -58,6 +63,8 @@ impl Default for EncoderConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: None,
             admin: AdminConfig::default(),
+            device: Device::default().to_string(),
+            threads: 0,
             cache_bytes: 1 << 30,
             max_media_bytes: 512 << 20,
             max_queued_pixels: 256 << 20,
@@ -81,6 +88,17 @@ impl EncoderConfig {
         Duration::from_millis(u64::from(self.hold_ms))
     }
 
+    /// What computes.
+    ///
+    /// # Errors
+    /// A name that is no device.
+    pub fn parse_device(&self) -> Result<Device, EncoderError> {
+        self.device.parse().map_err(|error: UnknownDevice| EncoderError::Config {
+            field: "encoder.device",
+            reason: error.to_string(),
+        })
+    }
+
     /// Caps on one media item.
     pub fn media_limits(&self) -> MediaLimits {
         MediaLimits {
@@ -101,6 +119,7 @@ impl EncoderConfig {
                 Err(EncoderError::Config { field, reason: format!("must be at least {least}") })
             }
         };
+        self.parse_device()?;
         at_least("encoder.cache_bytes", self.cache_bytes, 1 << 20)?;
         at_least("encoder.max_media_bytes", self.max_media_bytes, 1 << 20)?;
         at_least("encoder.max_queued_pixels", self.max_queued_pixels, 28 * 28)?;

@@ -70,9 +70,10 @@ pub async fn run(
         .map_err(|error| EncoderError::Model(error.into()))?;
     let processor = tessera_processor::ProcessorConfig::load(&source.directory)
         .map_err(|error| EncoderError::Model(error.into()))?;
-    let identity = tower::identify(&model, &source.weights)?;
+    let (device, threads) = (config.parse_device()?, config.threads);
+    let identity = tower::identify(&model, &source.weights, device)?;
     let max_patches = config.max_batch_patches;
-    let load = move || tower::load(&model, &source.weights, max_patches);
+    let load = move || tower::load(&model, &source.weights, max_patches, device, threads);
     let vision = VisionHandle::start(load, max_patches, metrics.clone()).await?;
     let service = EncoderService::new(config.clone(), identity, processor.recipe, vision, metrics);
 

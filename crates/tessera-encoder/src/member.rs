@@ -51,7 +51,7 @@ impl Member {
                 vision_numerics: identity.vision_numerics,
             }),
             role: MemberRole::Encoder(EncoderMember {
-                device: "cpu".into(),
+                device: config.device.clone(),
                 max_queued_pixels: config.max_queued_pixels,
                 max_item_pixels: u64::from(config.max_batch_patches) * PATCH_PIXELS,
                 cache_bytes: config.cache_bytes,

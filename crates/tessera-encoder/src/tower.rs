@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use tessera_kernels::{Backend, ReferenceBackend};
+use tessera_kernels::{Backend, CpuBackend, Device, ReferenceBackend};
 use tessera_model::numerics::vision_numerics;
 use tessera_model::{ModelConfig, VisionItem, VisionTower, WeightSource, Weights};
 use tessera_types::{ModelFingerprint, NumericsId};
@@ -23,7 +23,7 @@ pub struct Identity {
 }
 
 /// A loaded tower with its backend.
-pub struct Tower<B: Backend> {
+struct Tower<B: Backend> {
     backend: B,
     tower: VisionTower<B>,
     num_cols: u32,
@@ -37,29 +37,58 @@ fn model_error(error: impl Into<Box<dyn Error + Send + Sync>>) -> EncoderError {
 ///
 /// # Errors
 /// A broken config or checkpoint, by file and field or tensor.
-pub fn identify(config: &ModelConfig, weights: &WeightSource) -> Result<Identity, EncoderError> {
+pub fn identify(
+    config: &ModelConfig,
+    weights: &WeightSource,
+    device: Device,
+) -> Result<Identity, EncoderError> {
     let weights = Weights::open(weights, config).map_err(model_error)?;
+    let numerics = match device {
+        Device::Reference => vision_numerics(ReferenceBackend::new().caps()),
+        // The number of threads changes no bits.
+        Device::Cpu(format) => {
+            vision_numerics(CpuBackend::new(1, format).map_err(model_error)?.caps())
+        }
+    };
     Ok(Identity {
         vision_fingerprint: weights.vision_fingerprint(config).map_err(model_error)?,
         language_fingerprint: weights.language_fingerprint(config).map_err(model_error)?,
-        vision_numerics: vision_numerics(ReferenceBackend::new().caps()),
+        vision_numerics: numerics,
     })
 }
 
-/// Loads the tower on the reference backend.
+/// Loads the tower on a device; `threads` 0 takes all cores.
 ///
 /// # Errors
-/// A tensor that is missing, misshapen or unreadable, by file and name.
+/// A tensor that is missing, misshapen or unreadable, by file and name; threads that do not start.
 pub fn load(
     config: &ModelConfig,
     weights: &WeightSource,
     max_patches: u32,
-) -> Result<Tower<ReferenceBackend>, EncoderError> {
+    device: Device,
+    threads: usize,
+) -> Result<Box<dyn VisionEncoder>, EncoderError> {
+    match device {
+        Device::Reference => load_on(ReferenceBackend::new(), config, weights, max_patches),
+        Device::Cpu(format) => {
+            let all = || std::thread::available_parallelism().map_or(1, usize::from);
+            let threads = if threads == 0 { all() } else { threads };
+            let backend = CpuBackend::new(threads, format).map_err(model_error)?;
+            load_on(backend, config, weights, max_patches)
+        }
+    }
+}
+
+fn load_on<B: Backend>(
+    mut backend: B,
+    config: &ModelConfig,
+    weights: &WeightSource,
+    max_patches: u32,
+) -> Result<Box<dyn VisionEncoder>, EncoderError> {
     let mut weights = Weights::open(weights, config).map_err(model_error)?;
-    let mut backend = ReferenceBackend::new();
     let tower = VisionTower::load(&mut backend, &config.vision, max_patches, &mut weights)
         .map_err(model_error)?;
-    Ok(Tower { backend, tower, num_cols: config.vision.out_hidden_size as u32 })
+    Ok(Box::new(Tower { backend, tower, num_cols: config.vision.out_hidden_size as u32 }))
 }
 
 impl<B: Backend> VisionEncoder for Tower<B> {

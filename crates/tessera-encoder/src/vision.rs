@@ -39,6 +39,19 @@ pub trait VisionEncoder {
     ) -> Result<Vec<Vec<f32>>, Box<dyn std::error::Error + Send + Sync>>;
 }
 
+impl VisionEncoder for Box<dyn VisionEncoder> {
+    fn num_cols(&self) -> u32 {
+        self.as_ref().num_cols()
+    }
+
+    fn encode(
+        &mut self,
+        items: &[PatchItem],
+    ) -> Result<Vec<Vec<f32>>, Box<dyn std::error::Error + Send + Sync>> {
+        self.as_mut().encode(items)
+    }
+}
+
 /// Rows of one item and how long its forward pass took.
 #[derive(Debug, Clone)]
 pub struct Encoded {

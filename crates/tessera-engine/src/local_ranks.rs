@@ -54,7 +54,7 @@ impl LocalRanks {
     pub fn load<B, F>(specs: Vec<RankSpec>, make_backend: F) -> Result<Self, RankError>
     where
         B: Backend,
-        F: Fn(Rank) -> B + Clone + Send + 'static,
+        F: Fn(Rank) -> tessera_kernels::Result<B> + Clone + Send + 'static,
     {
         let (sender, reports) = bounded(REPORTS_PER_RANK * specs.len().max(1));
         let mut loading = Vec::with_capacity(specs.len());

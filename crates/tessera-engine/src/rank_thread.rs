@@ -130,12 +130,13 @@ impl LoadingRank {
     ) -> Result<Self, RankError>
     where
         B: Backend,
-        F: FnOnce() -> B + Send + 'static,
+        F: FnOnce() -> tessera_kernels::Result<B> + Send + 'static,
     {
         let (commands, inbox) = bounded(QUEUE_CAPACITY);
         let (loaded_sender, loaded) = bounded(1);
         let rank = spec.rank;
-        let body = move || match RankWorker::load(make_backend(), &spec) {
+        let load = move || RankWorker::load(make_backend()?, &spec);
+        let body = move || match load() {
             Err(error) => drop(loaded_sender.send(Err(error))),
             Ok(worker) => {
                 let progress = RankProgress { layers: worker.layers(), shared: Arc::default() };

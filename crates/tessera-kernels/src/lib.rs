@@ -15,6 +15,7 @@
 pub mod act;
 pub mod backend;
 pub mod cpu;
+pub mod device;
 pub mod error;
 pub mod inputs;
 pub mod progress;
@@ -27,6 +28,7 @@ pub use backend::{
     Backend, Caps, Epilogue, GatherRows, GraphKey, HeadShape, KvSpec, RopeSpec, Segments, StepKind,
 };
 pub use cpu::{CpuBackend, CpuFormat};
+pub use device::{Device, UnknownDevice};
 pub use error::{KernelError, Result, WeightError};
 pub use inputs::{
     HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, StepInputs, StepLimits,

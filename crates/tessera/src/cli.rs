@@ -105,6 +105,12 @@ struct WorkerArgs {
     /// Address of /metrics, /livez and /readyz.
     #[arg(long, value_name = "ADDR")]
     admin: Option<SocketAddr>,
+    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights) or cpu-f32.
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Threads of each rank, or of the vision tower; default: the cores this process finds.
+    #[arg(long)]
+    threads: Option<u32>,
 }
 
 /// Flags of `tessera decoder`.
@@ -208,6 +214,8 @@ impl WorkerArgs {
         push(&mut flags, format!("{section}.listen"), &self.listen);
         push(&mut flags, format!("{section}.advertise"), &self.advertise);
         push(&mut flags, format!("{section}.admin.listen"), &self.admin);
+        push(&mut flags, format!("{section}.device"), &self.device);
+        push_number(&mut flags, &format!("{section}.threads"), self.threads);
         flags
     }
 }

@@ -468,7 +468,7 @@ pub(crate) fn member_info(
             first_rank: tessera_types::Rank(config.first_rank()),
             num_ranks: config.ranks_per_process,
             world_size: config.tp,
-            device: "cpu".into(),
+            device: config.device.clone(),
             slot_lock_host,
             last_epoch: Epoch(0),
             capacity: shard.capacity,

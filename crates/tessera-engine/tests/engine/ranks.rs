@@ -56,7 +56,7 @@ fn load_ranks(ranks: impl Iterator<Item = u32>, world_size: u32) -> LocalRanks {
         },
         block_size: limits.block_size,
     };
-    let loaded = LocalRanks::load(ranks.map(spec).collect(), |_| ReferenceBackend::new());
+    let loaded = LocalRanks::load(ranks.map(spec).collect(), |_| Ok(ReferenceBackend::new()));
     loaded.expect("the fixture loads")
 }
 
@@ -450,7 +450,7 @@ fn a_rank_that_cannot_load_says_why() {
         limits: StepLimits::default(),
         block_size: 16,
     };
-    let Err(error) = LocalRanks::load(vec![spec], |_| ReferenceBackend::new()) else {
+    let Err(error) = LocalRanks::load(vec![spec], |_| Ok(ReferenceBackend::new())) else {
         panic!("a degree of 3 does not divide 2 KV heads")
     };
     assert!(matches!(error, RankError::Model(_)), "{error:?}");

@@ -78,6 +78,22 @@ impl Case {
         self.json["logit_range"].as_f64().unwrap() as f32
     }
 
+    /// A figure of the case, for example `bf16_rms`.
+    pub fn number(&self, name: &str) -> f32 {
+        self.json[name].as_f64().unwrap() as f32
+    }
+
+    /// Distance from the best to the second-best logit, per step.
+    pub fn margins(&self) -> Vec<f32> {
+        let margins = self.json["margins"].as_array().unwrap();
+        margins.iter().map(|margin| margin.as_f64().unwrap() as f32).collect()
+    }
+
+    /// RMS error of an item's visual rows in the reference's BF16 run.
+    pub fn vit_bf16_rms(&self, item: usize) -> f32 {
+        self.media()[item]["vit_bf16_rms"].as_f64().unwrap() as f32
+    }
+
     pub fn rope_delta(&self) -> i64 {
         self.json["rope_delta"].as_i64().unwrap()
     }

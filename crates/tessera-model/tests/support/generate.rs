@@ -71,16 +71,29 @@ pub fn tcp_group(world_size: u32) -> Vec<Communicator> {
     })
 }
 
-/// Runs `request` over the ranks of a group. All must draw the same tokens.
+/// Runs `request` over the ranks of a group on the reference backend.
 pub fn generate_over(
     config: &ModelConfig,
     source: &WeightSource,
     group: Vec<Communicator>,
     request: Request<'_>,
 ) -> Generation {
+    generate_on(ReferenceBackend::new, config, source, group, request)
+}
+
+/// Runs `request` over the ranks of a group, each on a backend of its own. All must draw the same
+/// tokens.
+pub fn generate_on<B: Backend>(
+    backend: impl Fn() -> B + Copy + Send,
+    config: &ModelConfig,
+    source: &WeightSource,
+    group: Vec<Communicator>,
+    request: Request<'_>,
+) -> Generation {
     let ranks = std::thread::scope(|scope| {
-        let spawn =
-            |communicator| scope.spawn(move || run_rank(config, source, communicator, request));
+        let spawn = |communicator| {
+            scope.spawn(move || run_rank(backend(), config, source, communicator, request))
+        };
         let ranks: Vec<_> = group.into_iter().map(spawn).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
     });
@@ -94,7 +107,8 @@ pub fn generate_over(
     whole
 }
 
-fn run_rank(
+fn run_rank<B: Backend>(
+    mut b: B,
     config: &ModelConfig,
     source: &WeightSource,
     communicator: Communicator,
@@ -111,7 +125,6 @@ fn run_rank(
     };
     let split = TpSplit::new(&config.text, communicator.rank(), communicator.world_size()).unwrap();
     let mut weights = Weights::open(source, config).unwrap();
-    let mut b = ReferenceBackend::new();
     let decoder = Decoder::load(&mut b, &config.text, &split, &limits, &mut weights).unwrap();
     let mut kv = b.alloc_kv(&decoder.kv_spec(BLOCK_SIZE), NUM_BLOCKS).unwrap();
     if communicator.rank().0 == 0 {

@@ -45,6 +45,9 @@ pub struct UpArgs {
     /// Decoder groups.
     #[arg(long, default_value_t = 1)]
     pub groups: u32,
+    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights) or cpu-f32.
+    #[arg(long, value_name = "DEVICE", default_value = "reference")]
+    pub device: String,
     /// Address of the OpenAI-compatible HTTP server.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
     pub http: SocketAddr,
@@ -219,6 +222,12 @@ impl Layout<'_> {
         ChildSpec { name, program: self.program.clone(), args, stop_grace: STOP_GRACE }
     }
 
+    /// Ranks of all groups share the cores; each has one at least.
+    fn threads_per_rank(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        (cores / (self.args.tp * self.args.groups) as usize).max(1)
+    }
+
     fn router(&self) -> ChildSpec {
         let flags =
             [("--http", self.args.http.to_string()), ("--grpc", self.args.grpc.to_string())];
@@ -242,6 +251,8 @@ impl Layout<'_> {
                     ("--slot", slot.to_string()),
                     ("--tp", self.args.tp.to_string()),
                     ("--ranks-per-process", self.args.ranks_per_process.to_string()),
+                    ("--device", self.args.device.clone()),
+                    ("--threads", self.threads_per_rank().to_string()),
                     ("--state-dir", self.state.0.display().to_string()),
                 ];
                 self.child(format!("decoder g{group}/{slot}"), "decoder", &flags)
