@@ -14,7 +14,7 @@ use tessera_processor::BlockKeyChain;
 use tessera_proto::common::v1 as common;
 use tessera_proto::decoder::v1 as pb;
 use tessera_proto::{ErrorReason, hash_from_bytes};
-use tessera_types::{Epoch, FinishReason, Prompt, SequenceId};
+use tessera_types::{Epoch, FinishReason, Prompt, SequenceId, TenantId};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
@@ -171,6 +171,7 @@ fn begin(
         sampling,
         seed: start.effective_seed,
         priority: start.priority,
+        tenant: TenantId(start.tenant),
         age: Duration::from_millis(u64::from(start.age_ms)),
     };
     let deadline = (start.remaining_ms > 0).then(|| {

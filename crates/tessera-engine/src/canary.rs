@@ -58,6 +58,7 @@ impl Canary {
             eos_token_ids: Arc::from([]),
             seed: 0,
             priority: i32::MAX,
+            tenant: tessera_types::TenantId::default(),
             arrival: 0,
             block_keys: Vec::new(),
             use_reserve: limits.reserved_blocks > 0,

@@ -63,7 +63,7 @@ impl Executor for GroupExecutor {
         }
         let readback = self.ranks.finish_collect(step, deadline)?;
         self.collecting = None;
-        Ok(StepOutput { step, tokens: readback.tokens })
+        Ok(StepOutput { step, tokens: readback.tokens, prompt_logprobs: Vec::new() })
     }
 
     fn install_embedding(&mut self, key: EmbeddingKey, rows: Arc<[f32]>) -> Result<()> {

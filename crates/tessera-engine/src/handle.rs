@@ -10,7 +10,7 @@ use crossbeam_channel::{Sender, TrySendError};
 use tessera_collective::AbortHandle;
 use tessera_scheduler::Load;
 use tessera_types::{
-    BlockKey, Epoch, FinishReason, Prompt, SamplingParams, SequenceId, StepId, TokenId,
+    BlockKey, Epoch, FinishReason, Prompt, SamplingParams, SequenceId, StepId, TenantId, TokenId,
 };
 
 use crate::canary::CanaryReply;
@@ -29,6 +29,7 @@ pub struct Submission {
     pub seed: u64,
     /// Higher goes first.
     pub priority: i32,
+    pub tenant: TenantId,
     /// Time since the request arrived at the router, kept over moves.
     pub age: Duration,
     /// Keys of the prompt's full blocks; empty: no prefix caching.

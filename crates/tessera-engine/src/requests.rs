@@ -260,6 +260,7 @@ impl Engine {
             eos_token_ids: Arc::clone(&self.eos_token_ids),
             seed: submission.seed,
             priority: submission.priority,
+            tenant: submission.tenant,
             arrival: now_us.saturating_sub(age_us),
             block_keys: submission.block_keys,
             use_reserve: false,

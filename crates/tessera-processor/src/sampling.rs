@@ -1,7 +1,7 @@
 //! Sampling parameters of a request: what the client set, else what the checkpoint's
 //! `generation_config.json` says, else plain defaults.
 
-use tessera_types::{SamplingParams, TokenId};
+use tessera_types::{Grammar, SamplingParams, TokenId};
 
 use crate::checkpoint_file::CheckpointFile;
 use crate::error::{CheckpointError, ProcessorError};
@@ -94,6 +94,8 @@ pub struct SamplingOverrides {
     pub stop_token_ids: Vec<TokenId>,
     pub ignore_eos: Option<bool>,
     pub logprobs: Option<u32>,
+    pub prompt_logprobs: Option<u32>,
+    pub grammar: Option<Grammar>,
 }
 
 impl SamplingOverrides {
@@ -161,6 +163,8 @@ impl SamplingOverrides {
             stop_token_ids: self.stop_token_ids.clone(),
             ignore_eos: self.ignore_eos.unwrap_or(plain.ignore_eos),
             logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
+            grammar: self.grammar.clone(),
         }
     }
 }

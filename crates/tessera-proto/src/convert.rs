@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use prost::bytes;
 use tessera_types::{
-    FinishReason, GridThw, Hash256, MediaKind, MediaSpan, PositionSpan, Prompt, PromptError,
-    SamplingError, SamplingParams, TokenLogprobs,
+    FinishReason, Grammar, GridThw, Hash256, MediaKind, MediaSpan, PositionSpan, Prompt,
+    PromptError, SamplingError, SamplingParams, TokenLogprobs,
 };
 
 use crate::common::v1 as common;
@@ -159,6 +159,8 @@ impl From<&SamplingParams> for decoder::Sampling {
             stop_token_ids: params.stop_token_ids.clone(),
             ignore_eos: params.ignore_eos,
             logprobs: params.logprobs,
+            prompt_logprobs: params.prompt_logprobs,
+            grammar: params.grammar.as_ref().map(Into::into),
         }
     }
 }
@@ -181,9 +183,38 @@ impl TryFrom<&decoder::Sampling> for SamplingParams {
             stop_token_ids: sampling.stop_token_ids.clone(),
             ignore_eos: sampling.ignore_eos,
             logprobs: sampling.logprobs,
+            prompt_logprobs: sampling.prompt_logprobs,
+            grammar: sampling.grammar.as_ref().map(TryInto::try_into).transpose()?,
         };
         params.validate()?;
         Ok(params)
+    }
+}
+
+impl From<&Grammar> for common::Grammar {
+    fn from(grammar: &Grammar) -> Self {
+        use common::grammar::{Choice, Grammar as Wire};
+        let wire = match grammar.clone() {
+            Grammar::JsonSchema(schema) => Wire::JsonSchema(schema),
+            Grammar::Regex(regex) => Wire::Regex(regex),
+            Grammar::Choice(texts) => Wire::Choice(Choice { texts }),
+            Grammar::Lark(lark) => Wire::Lark(lark),
+        };
+        Self { grammar: Some(wire) }
+    }
+}
+
+impl TryFrom<&common::Grammar> for Grammar {
+    type Error = ConvertError;
+
+    fn try_from(grammar: &common::Grammar) -> Result<Self, ConvertError> {
+        use common::grammar::Grammar as Wire;
+        Ok(match required(grammar.grammar.clone(), "grammar")? {
+            Wire::JsonSchema(schema) => Self::JsonSchema(schema),
+            Wire::Regex(regex) => Self::Regex(regex),
+            Wire::Choice(choice) => Self::Choice(choice.texts),
+            Wire::Lark(lark) => Self::Lark(lark),
+        })
     }
 }
 

@@ -160,6 +160,8 @@ mod tests {
             logit_bias: vec![(4, -1.5)],
             stop_token_ids: vec![9],
             logprobs: Some(0),
+            prompt_logprobs: Some(3),
+            grammar: Some(tessera_types::Grammar::Choice(vec!["yes".to_owned(), "no".to_owned()])),
             ..SamplingParams::default()
         };
         let plan = StepPlan {

@@ -166,7 +166,7 @@ impl FakeModel {
             let logprobs = logprobs(token, rule.sampling);
             tokens.push(SampledToken { slot, sequence: entry.sequence, token, logprobs });
         }
-        Ok(StepOutput { step, tokens })
+        Ok(StepOutput { step, tokens, prompt_logprobs: Vec::new() })
     }
 
     /// The step's output was taken: it is no longer in flight.

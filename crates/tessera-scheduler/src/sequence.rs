@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::sync::Arc;
 
 use tessera_types::{
-    BlockId, BlockKey, FinishReason, Prompt, SamplingParams, SequenceId, StepId, TokenId,
+    BlockId, BlockKey, FinishReason, Prompt, SamplingParams, SequenceId, StepId, TenantId, TokenId,
 };
 
 use crate::config::SchedulerConfig;
@@ -24,6 +24,8 @@ pub struct SequenceRequest {
     pub seed: u64,
     /// Higher goes first.
     pub priority: i32,
+    /// Tenants of equal priority share the budget fairly.
+    pub tenant: TenantId,
     /// Among equal priorities the lower goes first. Any clock will do, as long as all requests of a
     /// scheduler use the same one; a moved request keeps its arrival.
     pub arrival: u64,
@@ -245,6 +247,7 @@ mod tests {
             eos_token_ids: Arc::from([1]),
             seed: 0,
             priority: 0,
+            tenant: TenantId::default(),
             arrival: 0,
             block_keys: Vec::new(),
             use_reserve: false,

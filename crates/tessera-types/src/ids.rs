@@ -63,6 +63,11 @@ counter!(
     BlockId(u32)
 );
 counter!(
+    /// Whom a request is for, as a hash of the tenant's name; 0 is everyone without one. Tenants share a
+    /// decoder group fairly.
+    TenantId(u64)
+);
+counter!(
     /// Which try at a request this is; the first is 1. Opening attempt k + 1 closes k for ever.
     Attempt(u32)
 );

@@ -105,6 +105,18 @@ pub struct StepOutput {
     pub step: StepId,
     /// One per scheduled sequence with `sample`, in plan order.
     pub tokens: Vec<SampledToken>,
+    /// Of sequences with `prompt_logprobs`, in plan order.
+    pub prompt_logprobs: Vec<PromptLogprobs>,
+}
+
+/// Log probabilities of prompt tokens that were computed in one step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptLogprobs {
+    pub slot: SequenceSlot,
+    pub sequence: SequenceId,
+    /// Prompt token of the first entry, at least 1; the others follow it.
+    pub first_token: u32,
+    pub tokens: Vec<TokenLogprobs>,
 }
 
 /// A drawn token.
@@ -120,7 +132,7 @@ pub struct SampledToken {
 /// filters), as OpenAI and vLLM report them.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct TokenLogprobs {
-    /// Of the drawn token.
+    /// Of the drawn (or prompt) token.
     pub logprob: f32,
     /// The most likely tokens, best first, ties by lower id.
     pub top: Vec<(TokenId, f32)>,

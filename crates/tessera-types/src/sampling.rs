@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::grammar::Grammar;
 use crate::ids::TokenId;
 
 /// Most log probabilities that may be asked for per token (OpenAI's limit).
@@ -43,6 +44,10 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// `None`: no log probabilities; `Some(n)`: of the drawn token and the n most likely.
     pub logprobs: Option<u32>,
+    /// The same for every prompt token but the first. Such a prompt is computed in full: no prefix hit.
+    pub prompt_logprobs: Option<u32>,
+    /// What the output is constrained to.
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for SamplingParams {
@@ -61,6 +66,8 @@ impl Default for SamplingParams {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            prompt_logprobs: None,
+            grammar: None,
         }
     }
 }
@@ -72,6 +79,10 @@ pub enum SamplingError {
     OutOfRange { field: &'static str, range: &'static str, value: f64 },
     #[error("{field} takes at most {limit} entries, got {got}")]
     TooMany { field: &'static str, limit: usize, got: usize },
+    #[error("{field} takes at most {limit} bytes, got {got}")]
+    TooLong { field: &'static str, limit: usize, got: usize },
+    #[error("{field} must not be empty")]
+    Empty { field: &'static str },
     #[error("min_tokens {min_tokens} is larger than max_tokens {max_tokens}")]
     MinAboveMax { min_tokens: u32, max_tokens: u32 },
 }
@@ -80,7 +91,10 @@ impl SamplingError {
     /// The request field at fault, for typed error details.
     pub fn field(&self) -> &'static str {
         match self {
-            Self::OutOfRange { field, .. } | Self::TooMany { field, .. } => field,
+            Self::OutOfRange { field, .. }
+            | Self::TooMany { field, .. }
+            | Self::TooLong { field, .. }
+            | Self::Empty { field } => field,
             Self::MinAboveMax { .. } => "min_tokens",
         }
     }
@@ -121,6 +135,11 @@ impl SamplingParams {
         check(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens as f32)?;
         let top = self.logprobs.unwrap_or(0);
         check(top <= MAX_TOP_LOGPROBS, "top_logprobs", "in [0, 20]", top as f32)?;
+        let top = self.prompt_logprobs.unwrap_or(0);
+        check(top <= MAX_TOP_LOGPROBS, "prompt_logprobs", "in [0, 20]", top as f32)?;
+        if let Some(grammar) = &self.grammar {
+            grammar.validate()?;
+        }
         if self.stop_token_ids.len() > MAX_STOP_TOKENS {
             let (limit, got) = (MAX_STOP_TOKENS, self.stop_token_ids.len());
             return Err(SamplingError::TooMany { field: "stop_token_ids", limit, got });
@@ -144,7 +163,7 @@ mod tests {
     #[test]
     fn nan_and_out_of_range_values_are_refused_by_field() {
         type Edit = fn(&mut SamplingParams);
-        let cases: [(&str, Edit); 12] = [
+        let cases: [(&str, Edit); 13] = [
             ("temperature", |p| p.temperature = f32::NAN),
             ("temperature", |p| p.temperature = -0.1),
             ("temperature", |p| p.temperature = f32::INFINITY),
@@ -157,6 +176,7 @@ mod tests {
             ("logit_bias", |p| p.logit_bias = vec![(1, f32::NAN)]),
             ("max_tokens", |p| p.max_tokens = 0),
             ("top_logprobs", |p| p.logprobs = Some(21)),
+            ("prompt_logprobs", |p| p.prompt_logprobs = Some(21)),
         ];
         for (field, edit) in cases {
             let mut params = SamplingParams::default();

@@ -213,6 +213,7 @@ pub fn start_of(active: &ActiveRecord, prompt: &[u32], max_tokens: u32) -> pb::S
         sampling: Some((&sampling).into()),
         effective_seed: 1,
         priority: 0,
+        tenant: 0,
         remaining_ms: 0,
         age_ms: 0,
     }
@@ -318,7 +319,7 @@ impl Client {
                     assert_eq!(finished.num_output_tokens as usize, output.len());
                     return output;
                 }
-                Message::Accepted(_) | Message::MediaNeeded(_) => {}
+                Message::Accepted(_) | Message::MediaNeeded(_) | Message::PromptLogprobs(_) => {}
             }
         }
     }

@@ -164,7 +164,7 @@ fn run(attempt: &mut Attempt<'_>, endpoint: &str) -> Result<(Vec<u32>, usize), S
             }
             Message::Tokens(records) => tokens.extend(records.records.iter().map(|r| r.token_id)),
             Message::Finished(_) => return Ok((tokens, asked)),
-            Message::Accepted(_) => {}
+            Message::Accepted(_) | Message::PromptLogprobs(_) => {}
         }
     }
 }

@@ -125,6 +125,7 @@ impl Group {
             }),
             seed: 1,
             priority: 0,
+            tenant: tessera_types::TenantId::default(),
             age: Duration::ZERO,
             block_keys,
         };

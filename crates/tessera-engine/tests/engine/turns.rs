@@ -65,6 +65,7 @@ fn submission(prompt: Arc<Prompt>, max_tokens: u32) -> Submission {
         sampling: Arc::new(SamplingParams { max_tokens, ..SamplingParams::default() }),
         seed: 9,
         priority: 0,
+        tenant: tessera_types::TenantId::default(),
         age: Duration::ZERO,
         block_keys: Vec::new(),
     }

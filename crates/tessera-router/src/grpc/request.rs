@@ -216,6 +216,8 @@ fn sampling(options: common::SamplingOptions) -> SamplingOverrides {
         stop_token_ids: options.stop_token_ids,
         ignore_eos: options.ignore_eos,
         logprobs: options.logprobs,
+        prompt_logprobs: None,
+        grammar: None,
     }
 }
 

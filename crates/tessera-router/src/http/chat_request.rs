@@ -235,6 +235,8 @@ fn parse_sampling(fields: &mut Fields<'_>) -> Result<SamplingOverrides, RequestE
         stop_token_ids: fields.get("stop_token_ids")?.unwrap_or_default(),
         ignore_eos: fields.get("ignore_eos")?,
         logprobs: parse_logprobs(fields)?,
+        prompt_logprobs: None,
+        grammar: None,
     })
 }
 

@@ -105,6 +105,7 @@ impl Session {
             sampling: Some((&*prepared.sampling).into()),
             effective_seed: seed,
             priority: 0,
+            tenant: 0,
             // 0 would mean "no deadline".
             remaining_ms: millis(deadline.saturating_duration_since(Instant::now())).max(1),
             age_ms: millis(arrival.elapsed()),

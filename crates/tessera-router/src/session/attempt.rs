@@ -164,6 +164,7 @@ pub(super) fn events(choice: u32, message: pb::GenerateResponse) -> Result<Vec<E
             let attempt = Attempt(needed.attempt);
             Ok(vec![Event::MediaNeeded { choice, attempt, items: needed.items }])
         }
+        Message::PromptLogprobs(_) => Ok(Vec::new()),
         Message::Tokens(tokens) => {
             let attempt = Attempt(tokens.attempt);
             let token = |record: pb::TokenRecord| Event::Token {

@@ -71,7 +71,7 @@ impl Record {
         let num_cached_tokens = match &message.message {
             Some(Message::Accepted(accepted)) => Some(accepted.num_cached_tokens),
             Some(Message::Finished(finished)) => Some(finished.num_cached_tokens),
-            Some(Message::Tokens(_)) => None,
+            Some(Message::Tokens(_) | Message::PromptLogprobs(_)) => None,
             Some(Message::MediaNeeded(_)) | None => return false,
         };
         self.accepted = true;

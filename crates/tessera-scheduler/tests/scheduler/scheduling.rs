@@ -258,7 +258,7 @@ fn at_depth_two_the_step_after_the_end_is_dropped_and_its_blocks_wait() {
 #[test]
 fn a_foreign_output_is_refused() {
     let mut driver = Driver::new(config(), 8);
-    let output = |step, tokens| StepOutput { step: StepId(step), tokens };
+    let output = |step, tokens| StepOutput { step: StepId(step), tokens, ..StepOutput::default() };
     let stray = driver.scheduler.apply(output(1, vec![]));
     assert_eq!(stray, Err(ApplyError::UnexpectedStep { expected: None, got: StepId(1) }));
     driver.add(request(1, prompt(1, 4, &[]), 2)).expect("accepted");

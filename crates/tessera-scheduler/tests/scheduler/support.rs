@@ -80,6 +80,7 @@ pub fn request(id: u64, prompt: Arc<Prompt>, max_tokens: u32) -> SequenceRequest
         eos_token_ids: Arc::from([EOS]),
         seed: id * 1000,
         priority: 0,
+        tenant: tessera_types::TenantId::default(),
         arrival: id,
         block_keys: Vec::new(),
         use_reserve: false,
