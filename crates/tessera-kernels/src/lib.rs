@@ -10,7 +10,8 @@
 //!
 //! Modules: [`backend`] (the trait), [`act`] (slots and handles), [`inputs`] (a step's data),
 //! [`weights`] (what to load), [`progress`] (the layer counter), [`reference`](mod@reference) (f32 on
-//! the host), [`cpu`] (SIMD kernels on packed weights), [`sampling`] (drawing a token from a row of logits), [`error`].
+//! the host), [`cpu`] (SIMD kernels on packed weights), [`sampling`] (drawing a token from a row of logits),
+//! [`timed`] (a backend that measures another), [`error`].
 
 pub mod act;
 pub mod backend;
@@ -21,6 +22,7 @@ pub mod inputs;
 pub mod progress;
 pub mod reference;
 pub mod sampling;
+pub mod timed;
 pub mod weights;
 
 pub use act::{Act, ActKind, DType, SlotId, SlotSpec};
@@ -36,6 +38,7 @@ pub use inputs::{
 };
 pub use progress::Progress;
 pub use reference::ReferenceBackend;
+pub use timed::{OpTime, Timed};
 pub use weights::{
     LinearPart, LinearSpec, NormSpec, PartLayout, SliceReader, TensorSlice, WeightFormat,
 };
