@@ -150,6 +150,8 @@ impl Engine {
                 self.note_time(sequence, |timings, elapsed| timings.queue = elapsed);
                 self.send(sequence, Event::Started { num_cached_tokens: num_cached_tokens as u32 });
             }
+            // No executor computes them yet, so none is ever reported.
+            SequenceEvent::PromptLogprobs { .. } => {}
             SequenceEvent::Token { sequence, output_index, token, logprobs } => {
                 let first = self.streams.get_mut(&sequence);
                 if first.is_some_and(|stream| !std::mem::replace(&mut stream.has_token, true)) {

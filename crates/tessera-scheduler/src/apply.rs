@@ -1,6 +1,6 @@
 //! What the output of a step changes.
 
-use tessera_types::{FinishReason, SampledToken, SequenceSlot, StepId, StepOutput};
+use tessera_types::{FinishReason, PromptLogprobs, SampledToken, SequenceSlot, StepId, StepOutput};
 
 use crate::error::ApplyError;
 use crate::scheduler::{InFlight, InFlightRow, Scheduler, SequenceEvent, finished};
@@ -14,7 +14,12 @@ impl Scheduler {
         self.check_output(&output)?;
         let InFlight { step, rows } = self.in_flight.pop_front().expect("check_output found it");
         let mut tokens = output.tokens.into_iter();
+        let mut prompt_logprobs = output.prompt_logprobs.into_iter();
         for row in rows {
+            if !row.scored.is_empty() {
+                let scored = prompt_logprobs.next().expect("check_output compared them");
+                self.apply_prompt_logprobs(row.slot, scored);
+            }
             let token = if row.sample { tokens.next() } else { None };
             self.apply_row(&row, token);
         }
@@ -37,7 +42,7 @@ impl Scheduler {
         }
         let mut pairs = samples().zip(&output.tokens).enumerate();
         match pairs.find(|(_, (row, token))| !self.belongs(row.slot, token)) {
-            None => Ok(()),
+            None => check_prompt_logprobs(in_flight, &output.prompt_logprobs),
             Some((index, (row, token))) => {
                 let (expected, got) = (row.slot, token.slot);
                 Err(ApplyError::WrongSlot { step, index, expected, got })
@@ -47,6 +52,24 @@ impl Scheduler {
 
     fn belongs(&self, slot: SequenceSlot, token: &SampledToken) -> bool {
         slot == token.slot && self.at(slot).id() == token.sequence
+    }
+
+    /// Reports those that were not reported before: a preempted sequence computes rows again.
+    fn apply_prompt_logprobs(&mut self, slot: SequenceSlot, scored: PromptLogprobs) {
+        let sequence = self.at_mut(slot);
+        if sequence.stage == Stage::Ending {
+            return;
+        }
+        let PromptLogprobs { first_token, mut tokens, .. } = scored;
+        let reported = sequence.num_reported_logprobs;
+        let known = (reported - first_token as usize).min(tokens.len());
+        tokens.drain(..known);
+        if tokens.is_empty() {
+            return;
+        }
+        sequence.num_reported_logprobs += tokens.len();
+        let (sequence, first_token) = (sequence.id(), reported as u32);
+        self.events.push(SequenceEvent::PromptLogprobs { sequence, first_token, tokens });
     }
 
     fn apply_row(&mut self, row: &InFlightRow, token: Option<SampledToken>) {
@@ -97,4 +120,27 @@ impl Scheduler {
     pub fn applied_step(&self) -> StepId {
         self.applied_step
     }
+}
+
+/// Exactly the prompt tokens that the step scores, in plan order.
+fn check_prompt_logprobs(
+    in_flight: &InFlight,
+    prompt_logprobs: &[PromptLogprobs],
+) -> Result<(), ApplyError> {
+    let range = |scored: &PromptLogprobs| {
+        let first = scored.first_token as usize;
+        first..first + scored.tokens.len()
+    };
+    let rows = || in_flight.rows.iter().filter(|row| !row.scored.is_empty());
+    let same = |(row, got): (&InFlightRow, &PromptLogprobs)| {
+        row.slot == got.slot && row.scored == range(got)
+    };
+    if rows().count() == prompt_logprobs.len() && rows().zip(prompt_logprobs).all(same) {
+        return Ok(());
+    }
+    Err(ApplyError::WrongPromptLogprobs {
+        step: in_flight.step,
+        expected: rows().map(|row| (row.slot, row.scored.clone())).collect(),
+        got: prompt_logprobs.iter().map(|got| (got.slot, range(got))).collect(),
+    })
 }

@@ -1,5 +1,7 @@
 //! What can be wrong: with limits, with a request, with a step's output, with a plan.
 
+use std::ops::Range;
+
 use tessera_types::{BlockId, Epoch, PromptError, SamplingError, SequenceId, SequenceSlot, StepId};
 
 /// Limits that contradict each other.
@@ -51,6 +53,14 @@ pub enum ApplyError {
     WrongCount { step: StepId, expected: usize, got: usize },
     #[error("step {step}: token {index} belongs to slot {got}, expected {expected}")]
     WrongSlot { step: StepId, index: usize, expected: SequenceSlot, got: SequenceSlot },
+    #[error(
+        "step {step}: prompt logprobs for {got:?} (slot, prompt tokens), expected {expected:?}"
+    )]
+    WrongPromptLogprobs {
+        step: StepId,
+        expected: Vec<(SequenceSlot, Range<usize>)>,
+        got: Vec<(SequenceSlot, Range<usize>)>,
+    },
 }
 
 /// A plan that contradicts the sequence table. Ends the epoch.

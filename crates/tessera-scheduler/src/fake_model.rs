@@ -11,8 +11,8 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use tessera_types::{
-    BlockId, EmbeddingKey, Epoch, LateInputs, MediaSpan, Prompt, SampledToken, SamplingParams,
-    SequenceSlot, StepId, StepOutput, StepPlan, TokenId, TokenLogprobs,
+    BlockId, EmbeddingKey, Epoch, LateInputs, MediaSpan, Prompt, PromptLogprobs, SampledToken,
+    SamplingParams, SequenceSlot, StepId, StepOutput, StepPlan, TokenId, TokenLogprobs,
 };
 
 use crate::error::TableError;
@@ -61,6 +61,18 @@ struct FakeRank {
 struct Forwarded {
     step: StepId,
     rows: Vec<(SequenceSlot, u64)>,
+    prompt_logprobs: Vec<PromptLogprobs>,
+}
+
+/// What one slot read in one step.
+#[derive(Debug)]
+struct Computed {
+    /// Hash of the whole context, over the ranks.
+    context: u64,
+    /// First prompt token that the step scores.
+    first_scored: usize,
+    /// Hash of the context before each scored token.
+    scored: Vec<u64>,
 }
 
 /// What decides a sequence's tokens beside its prompt and output.
@@ -124,17 +136,21 @@ impl FakeModel {
             applied.map_err(|source| FakeModelError::Table { rank: rank.rank, source })?;
         }
         self.zero(&plan.zero_blocks)?;
-        let mut rows = Vec::new();
+        let (mut rows, mut prompt_logprobs) = (Vec::new(), Vec::new());
         let mut blocks = HashSet::new();
         for scheduled in &plan.scheduled {
             let slot = scheduled.slot;
-            let context = self.compute(slot, scheduled.num_tokens as usize)?;
+            let computed = self.compute(slot, scheduled.num_tokens as usize)?;
             if scheduled.sample {
-                rows.push((slot, context));
+                rows.push((slot, computed.context));
             }
-            blocks.extend(entry(&self.ranks[0], slot).block_table.iter().copied());
+            let entry = entry(&self.ranks[0], slot);
+            if !computed.scored.is_empty() {
+                prompt_logprobs.push(score(slot, entry, &computed, self.vocab_size));
+            }
+            blocks.extend(entry.block_table.iter().copied());
         }
-        self.forwarded = Some(Forwarded { step: plan.step, rows });
+        self.forwarded = Some(Forwarded { step: plan.step, rows, prompt_logprobs });
         self.in_flight.push_back((plan.step, blocks));
         Ok(())
     }
@@ -166,7 +182,7 @@ impl FakeModel {
             let logprobs = logprobs(token, rule.sampling);
             tokens.push(SampledToken { slot, sequence: entry.sequence, token, logprobs });
         }
-        Ok(StepOutput { step, tokens, prompt_logprobs: Vec::new() })
+        Ok(StepOutput { step, tokens, prompt_logprobs: forwarded.prompt_logprobs })
     }
 
     /// The step's output was taken: it is no longer in flight.
@@ -198,6 +214,26 @@ impl FakeModel {
         draw(context, output.len(), self.vocab_size, rule, |_| true)
     }
 
+    /// Log probabilities of the prompt tokens from the second on, `top` tokens each, computed from the
+    /// prompt alone.
+    pub fn expected_prompt_logprobs(&self, prompt: &Prompt, top: u32) -> Vec<TokenLogprobs> {
+        let known = prompt.tokens.len();
+        let mut positions = Vec::with_capacity(known);
+        prompt.extend_positions(0, known, &mut positions);
+        let mut contexts = vec![0; known - 1];
+        for rank in &self.ranks {
+            let mut share = 0;
+            for (index, context) in contexts.iter_mut().enumerate() {
+                let embedding = embedding_hash(prompt, index).map_or(0, |(_, hash)| hash);
+                let token = prompt.tokens[index];
+                share = mix(share, place_hash(rank.rank, token, positions[index], embedding));
+                *context = mix(*context, share);
+            }
+        }
+        let tokens = contexts.iter().zip(&prompt.tokens[1..]);
+        tokens.map(|(&context, &token)| scored(context, token, top, self.vocab_size)).collect()
+    }
+
     fn zero(&mut self, blocks: &[BlockId]) -> Result<(), FakeModelError> {
         let block_size = self.limits.block_size as usize;
         for &block in blocks {
@@ -213,11 +249,17 @@ impl FakeModel {
         Ok(())
     }
 
-    /// Writes the last `num_tokens` computed tokens of a slot and reads all; returns the hash of the
-    /// context over the ranks.
-    fn compute(&mut self, slot: SequenceSlot, num_tokens: usize) -> Result<u64, FakeModelError> {
+    /// Writes the last `num_tokens` computed tokens of a slot and reads all.
+    fn compute(
+        &mut self,
+        slot: SequenceSlot,
+        num_tokens: usize,
+    ) -> Result<Computed, FakeModelError> {
         let block_size = self.limits.block_size as usize;
         let last_sampled = self.last_sampled.get(&slot).copied();
+        let scored_tokens = entry(&self.ranks[0], slot).scored_tokens(num_tokens);
+        let first_scored = scored_tokens.start;
+        let mut scored = vec![0; scored_tokens.len()];
         let mut context = 0;
         for rank in &mut self.ranks {
             let entry = rank.table.entry(slot).expect("the table accepted the plan");
@@ -249,10 +291,14 @@ impl FakeModel {
                     return Err(FakeModelError::ReadUnwritten { slot, index });
                 }
                 share = mix(share, read.hash);
+                if scored_tokens.contains(&(index + 1)) {
+                    let before = &mut scored[index + 1 - first_scored];
+                    *before = mix(*before, share);
+                }
             }
             context = mix(context, share);
         }
-        Ok(context)
+        Ok(Computed { context, first_scored, scored })
     }
 }
 
@@ -298,6 +344,31 @@ fn draw(
 fn logprobs(token: TokenId, sampling: &SamplingParams) -> Option<TokenLogprobs> {
     let top = (0..sampling.logprobs?).map(|rank| (token + rank, -1.0 - rank as f32)).collect();
     Some(TokenLogprobs { logprob: -1.0, top })
+}
+
+/// Log probabilities of the prompt tokens that a slot scored in one step.
+fn score(
+    slot: SequenceSlot,
+    entry: &TableEntry,
+    computed: &Computed,
+    vocab_size: u32,
+) -> PromptLogprobs {
+    let top = entry.sampling.prompt_logprobs.unwrap_or(0);
+    let tokens = computed.scored.iter().zip(&entry.prompt.tokens[computed.first_scored..]);
+    PromptLogprobs {
+        slot,
+        sequence: entry.sequence,
+        first_token: computed.first_scored as u32,
+        tokens: tokens.map(|(&context, &token)| scored(context, token, top, vocab_size)).collect(),
+    }
+}
+
+/// The log probability of `token` after a context, exact in f32.
+fn scored(context: u64, token: TokenId, top: u32, vocab_size: u32) -> TokenLogprobs {
+    let logprob = -((mix(context, u64::from(token)) % 4096) as f32) / 256.0;
+    let first = (context % u64::from(vocab_size)) as u32;
+    let top = (0..top).map(|rank| ((first + rank) % vocab_size, -(rank as f32))).collect();
+    TokenLogprobs { logprob, top }
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use tessera_types::{AdmittedSequence, BlockId, ScheduledSequence, SequenceSlot, 
 
 use crate::scheduler::{InFlight, InFlightRow, Place, Scheduler, SequenceEvent};
 use crate::sequence::{OrderKey, Sequence, Stage};
+use crate::table::scored_tokens;
 
 /// A plan in the making.
 struct Draft {
@@ -102,7 +103,11 @@ impl Scheduler {
         sequence.last_step = step;
         let sample = sequence.num_computed == sequence.num_wanted();
         sequence.num_pending += usize::from(sample);
-        draft.rows.push(InFlightRow { slot, num_computed: sequence.num_computed, sample });
+        let num_computed = sequence.num_computed;
+        let request = &sequence.request;
+        let computed = num_computed - num_tokens..num_computed;
+        let scored = scored_tokens(&request.sampling, &request.prompt, computed);
+        draft.rows.push(InFlightRow { slot, num_computed, scored, sample });
         draft.plan.scheduled.push(ScheduledSequence {
             slot,
             num_tokens: num_tokens as u32,
@@ -267,9 +272,10 @@ impl Scheduler {
     }
 
     /// Cached blocks that hold the beginning of the sequence. At least one token is left to compute, as a
-    /// step must have a row to draw from.
+    /// step must have a row to draw from, and every row whose log probability is still to be reported.
     pub(crate) fn prefix_hit(&self, sequence: &Sequence) -> Vec<BlockId> {
-        let longest = (sequence.len() - 1) / self.config.block_size as usize;
+        let num_tokens = (sequence.len() - 1).min(sequence.first_unreported_row());
+        let longest = num_tokens / self.config.block_size as usize;
         let keys = sequence.request.block_keys.iter().take(longest);
         keys.map_while(|key| self.pool.lookup(key)).collect()
     }

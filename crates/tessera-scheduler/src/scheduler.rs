@@ -1,6 +1,7 @@
 //! The scheduler's state and surface. `schedule.rs` makes plans, `apply.rs` takes their results.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
 
 use tessera_types::{
     Epoch, FinishReason, SequenceId, SequenceSlot, StepId, TokenId, TokenLogprobs,
@@ -19,6 +20,9 @@ pub enum SequenceEvent {
     MediaNeeded { sequence: SequenceId, items: Vec<u32> },
     /// The sequence took a slot for the first time.
     Admitted { sequence: SequenceId, num_cached_tokens: usize },
+    /// Log probabilities of prompt tokens from `first_token` on. Those of one sequence follow each other,
+    /// each token comes once, and all of them come before the first output token.
+    PromptLogprobs { sequence: SequenceId, first_token: u32, tokens: Vec<TokenLogprobs> },
     /// A new output token; indices of one sequence follow each other.
     Token {
         sequence: SequenceId,
@@ -68,6 +72,8 @@ pub(crate) struct InFlightRow {
     pub slot: SequenceSlot,
     /// Tokens computed after the step.
     pub num_computed: usize,
+    /// Prompt tokens whose log probabilities the step yields.
+    pub scored: Range<usize>,
     pub sample: bool,
 }
 

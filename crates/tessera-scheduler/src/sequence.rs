@@ -77,6 +77,8 @@ pub(crate) struct Sequence {
     pub last_step: StepId,
     /// Not admitted while set.
     pub held: bool,
+    /// Leading prompt tokens whose log probability was reported or does not exist (the first has none).
+    pub num_reported_logprobs: usize,
     /// Prompt tokens found in the prefix cache at the first admission.
     pub num_cached_tokens: Option<usize>,
     /// Output tokens at which the sequence ends with `Length`.
@@ -120,6 +122,7 @@ impl Sequence {
             media: vec![MediaState::Covered; request.prompt.media.len()],
             last_step: StepId(0),
             held: false,
+            num_reported_logprobs: 1,
             num_cached_tokens: None,
             output_limit: max_tokens as usize,
             request,
@@ -157,6 +160,14 @@ impl Sequence {
         }
         let end = self.media_gate(num_computed).unwrap_or(usize::MAX).min(self.num_wanted());
         end.saturating_sub(num_computed)
+    }
+
+    /// First row that must be computed for the log probability of a prompt token; `usize::MAX`: none.
+    pub fn first_unreported_row(&self) -> usize {
+        let wanted = self.request.sampling.prompt_logprobs.is_some();
+        let missing = wanted && self.num_reported_logprobs < self.request.prompt.tokens.len();
+        // The row of a token yields the distribution of the one after it.
+        if missing { self.num_reported_logprobs - 1 } else { usize::MAX }
     }
 
     /// Items that `num_cached` tokens from the prefix cache do not cover and that nobody was asked for yet.

@@ -4,6 +4,7 @@
 //! Each plan carries the digest of the table after it. The digest is a sum over entries, so that keeping
 //! it costs as much as the plan changes, not as much as the table holds.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use tessera_types::{
@@ -61,6 +62,13 @@ impl TableEntry {
             None => Some(prompt[index]),
             Some(output) => self.forced_output.get(output).copied(),
         }
+    }
+
+    /// Prompt tokens whose log probabilities the last `num_tokens` computed rows yield: the row of a token
+    /// gives the distribution of the one after it. Empty unless `prompt_logprobs` was asked for.
+    pub fn scored_tokens(&self, num_tokens: usize) -> Range<usize> {
+        let end = self.num_computed_tokens;
+        scored_tokens(&self.sampling, &self.prompt, end.saturating_sub(num_tokens)..end)
     }
 
     fn num_admitted_tokens(&self) -> usize {
@@ -250,6 +258,19 @@ impl SequenceTable {
     }
 }
 
+/// Prompt tokens whose log probabilities the rows of the tokens `computed` yield.
+pub(crate) fn scored_tokens(
+    sampling: &SamplingParams,
+    prompt: &Prompt,
+    computed: Range<usize>,
+) -> Range<usize> {
+    let first = computed.start + 1;
+    match sampling.prompt_logprobs {
+        None => first..first,
+        Some(_) => first..(computed.end + 1).min(prompt.tokens.len()).max(first),
+    }
+}
+
 /// One step of a 64-bit hash: SplitMix64's finaliser over the running state (Steele et al. 2014). It
 /// guards against mistakes, not against an adversary; the plan stream is inside the cluster.
 pub(crate) fn mix(state: u64, value: u64) -> u64 {
@@ -311,6 +332,9 @@ fn sampling_identity(sampling: &SamplingParams) -> u64 {
     hash = mix_all(hash, sampling.stop_token_ids.iter().map(|&token| u64::from(token)));
     let counts = [sampling.top_k, sampling.max_tokens, sampling.min_tokens];
     hash = mix_all(hash, counts.iter().map(|&value| u64::from(value)));
+    // Which rows are scored, and into how many tokens, decides what ranks exchange.
+    let logprobs = [sampling.logprobs, sampling.prompt_logprobs];
+    hash = mix_all(hash, logprobs.iter().map(|top| top.map_or(0, |top| u64::from(top) + 1)));
     mix(hash, u64::from(sampling.ignore_eos))
 }
 
@@ -423,12 +447,13 @@ mod tests {
         let base = plan(1, vec![admitted(0, 3)], vec![scheduled(0, 3, &[0, 1], false)]);
         let digest =
             |plan: &StepPlan| SequenceTable::new(LIMITS, Epoch(1)).advance(plan).expect("valid");
-        let edits: [Edit; 9] = [
+        let edits: [Edit; 10] = [
             |p| p.admitted[0].seed += 1,
             |p| p.admitted[0].sequence.0 += 1,
             |p| Arc::make_mut(&mut p.admitted[0].prompt).tokens[1] += 1,
             |p| p.admitted[0].output.push(7),
             |p| Arc::make_mut(&mut p.admitted[0].sampling).temperature = 0.5,
+            |p| Arc::make_mut(&mut p.admitted[0].sampling).prompt_logprobs = Some(0),
             |p| p.scheduled[0].appended_blocks.swap(0, 1),
             |p| p.scheduled[0].num_tokens -= 1,
             |p| p.scheduled[0].sample = true,
@@ -461,5 +486,24 @@ mod tests {
         let tokens: Vec<_> = (0..5).map(|index| entry.token(index)).collect();
         assert_eq!(tokens, [Some(5), Some(5), Some(8), Some(9), None]);
         assert_eq!((entry.num_known_tokens(), entry.num_output_tokens()), (5, 3));
+    }
+
+    #[test]
+    fn a_row_scores_the_next_prompt_token() {
+        let mut first = admitted(0, 4);
+        Arc::make_mut(&mut first.sampling).prompt_logprobs = Some(2);
+        first.num_computed_tokens = 1;
+        first.block_table = vec![BlockId(0), BlockId(1)];
+        let mut table = SequenceTable::new(LIMITS, Epoch(1));
+        let mut step = |admitted, num_tokens, blocks: &[u32], sample| {
+            let step = table.step().next().0;
+            let plan = plan(step, admitted, vec![scheduled(0, num_tokens, blocks, sample)]);
+            table.advance(&plan).expect("valid");
+            table.entry(SequenceSlot(0)).expect("admitted").scored_tokens(num_tokens as usize)
+        };
+        assert_eq!(step(vec![first], 1, &[], false), 2..3);
+        assert_eq!(step(vec![], 2, &[], true), 3..4, "the last row draws");
+        assert!(step(vec![], 1, &[2], true).is_empty());
+        assert!(started().entry(SequenceSlot(0)).expect("admitted").scored_tokens(3).is_empty());
     }
 }

@@ -18,7 +18,7 @@ enum Operation {
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
-    let add = (0..4u32, 1..40u32, 1..24u32, 0..2i32, 0..4usize, 0..4u32).prop_map(
+    let add = (0..4u32, 1..40u32, 1..24u32, 0..2i32, 0..4usize, 0..5u32).prop_map(
         |(family, num_tokens, max_tokens, priority, forced, edit)| Operation::Add {
             family,
             num_tokens,
@@ -79,6 +79,9 @@ fn new_request(driver: &Driver, operation: &Operation, id: u64) -> Option<Sequen
             stop_token_ids: vec![1, 2, 3, 4, 5],
             ..SamplingParams::default()
         });
+    }
+    if edit == 4 {
+        Arc::make_mut(&mut request.sampling).prompt_logprobs = Some(family);
     }
     if edit == 3 {
         // Refused where it exceeds the reserve, or where there is none.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tessera_scheduler::{AddError, ApplyError, Scheduler, SchedulerConfig};
+use tessera_scheduler::{AddError, ApplyError, Scheduler, SchedulerConfig, SequenceRequest};
 use tessera_types::{
     BlockId, Epoch, FinishReason, SamplingParams, SequenceId, SequenceSlot, StepId, StepOutput,
     StepPlan, TokenId,
@@ -253,6 +253,66 @@ fn at_depth_two_the_step_after_the_end_is_dropped_and_its_blocks_wait() {
     assert_eq!(driver.seen[&SequenceId(1)].finished, Some(FinishReason::StopToken));
     driver.run();
     driver.check_end();
+}
+
+/// A request that asks for the log probabilities of its prompt, with keys.
+fn scored(id: u64, num_tokens: u32, max_tokens: u32) -> SequenceRequest {
+    let prompt = prompt(1, num_tokens, &[]);
+    let mut request = request(id, Arc::clone(&prompt), max_tokens);
+    request.block_keys = block_keys(&prompt, 4);
+    let sampling = Arc::make_mut(&mut request.sampling);
+    (sampling.prompt_logprobs, sampling.ignore_eos) = (Some(2), true);
+    request
+}
+
+#[test]
+fn prompt_logprobs_need_every_row_but_leave_blocks_behind() {
+    let mut driver = Driver::new(config(), 16);
+    for id in [1, 2] {
+        driver.add(scored(id, 13, 2)).expect("accepted");
+        let first = driver.turn().expect("work");
+        assert_eq!((first.admitted[0].num_computed_tokens, first.num_tokens()), (0, 8));
+        driver.run();
+        assert_eq!(driver.seen[&SequenceId(id)].prompt_logprobs.len(), 12);
+    }
+    let mut plain = scored(3, 13, 2);
+    Arc::make_mut(&mut plain.sampling).prompt_logprobs = None;
+    driver.add(plain).expect("accepted");
+    assert_eq!(driver.turn().expect("work").admitted[0].num_computed_tokens, 12);
+    driver.run();
+    driver.check_end();
+}
+
+#[test]
+fn prompt_logprobs_are_reported_once_over_preemption_and_overlap() {
+    for pipeline_depth in [1, 2] {
+        // The first grows into blocks that the second needs for the end of its prompt.
+        let mut driver = Driver::new(SchedulerConfig { pipeline_depth, ..config() }, 8);
+        let mut grows = request(1, prompt(2, 6, &[]), 20);
+        Arc::make_mut(&mut grows.sampling).ignore_eos = true;
+        driver.add(grows).expect("accepted");
+        driver.add(scored(2, 22, 3)).expect("accepted");
+        let mut reported_before = None;
+        while driver.scheduler.load().num_preemptions == 0 {
+            driver.turn();
+            reported_before = Some(driver.seen[&SequenceId(2)].prompt_logprobs.len());
+        }
+        assert!(reported_before.is_some_and(|reported| (1..21).contains(&reported)));
+        driver.run();
+        driver.check_end();
+    }
+}
+
+#[test]
+fn prompt_logprobs_of_other_rows_are_refused() {
+    let mut driver = Driver::new(config(), 8);
+    driver.add(scored(1, 6, 2)).expect("accepted");
+    let plan = driver.scheduler.schedule().expect("work");
+    driver.model.forward(&plan).expect("a good plan");
+    let mut output = driver.model.sample(plan.step, &Default::default()).expect("forwarded");
+    output.prompt_logprobs[0].tokens.pop();
+    let refused = driver.scheduler.apply(output);
+    assert!(matches!(refused, Err(ApplyError::WrongPromptLogprobs { .. })), "{refused:?}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use tessera_scheduler::{
 use tessera_types::{
     BlockKey, EmbeddingKey, Epoch, FinishReason, GridThw, Hash256, LateInputs, MediaKind,
     MediaSpan, PositionSpan, Prompt, SamplingParams, SequenceId, StepOutput, StepPlan, TokenId,
+    TokenLogprobs,
 };
 
 pub const VOCAB_SIZE: u32 = 50;
@@ -92,6 +93,7 @@ pub struct Seen {
     pub request: SequenceRequest,
     /// Tokens reported, forced output not included.
     pub tokens: Vec<TokenId>,
+    pub prompt_logprobs: Vec<TokenLogprobs>,
     pub finished: Option<FinishReason>,
     pub aborted: bool,
     /// Items asked for whose embedding has not come.
@@ -128,6 +130,7 @@ impl Driver {
         self.scheduler.add(request.clone())?;
         let seen = Seen {
             tokens: Vec::new(),
+            prompt_logprobs: Vec::new(),
             finished: None,
             aborted: false,
             missing: BTreeSet::new(),
@@ -224,6 +227,7 @@ impl Driver {
         assert_eq!(load.num_free_blocks, load.num_blocks, "leaked blocks");
         for (id, seen) in &self.seen {
             let (tokens, reason) = self.expected(&seen.request);
+            self.check_prompt_logprobs(seen);
             match seen.aborted {
                 true => assert_eq!(seen.tokens[..], tokens[..seen.tokens.len()], "sequence {id}"),
                 false => {
@@ -232,6 +236,19 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// All of them if a token was reported, else the first ones.
+    fn check_prompt_logprobs(&self, seen: &Seen) {
+        let request = &seen.request;
+        let Some(top) = request.sampling.prompt_logprobs else {
+            return assert!(seen.prompt_logprobs.is_empty(), "nobody asked");
+        };
+        let mut expected = self.model.expected_prompt_logprobs(&request.prompt, top);
+        if seen.tokens.is_empty() {
+            expected.truncate(seen.prompt_logprobs.len());
+        }
+        assert_eq!(seen.prompt_logprobs, expected, "sequence {}", request.sequence);
     }
 
     fn collect(&mut self) {
@@ -254,6 +271,14 @@ impl Driver {
                     self.seen.get_mut(&sequence).expect("known").missing.extend(items);
                 }
                 SequenceEvent::Admitted { .. } => {}
+                SequenceEvent::PromptLogprobs { sequence, first_token, tokens } => {
+                    let seen = self.seen.get_mut(&sequence).expect("known");
+                    assert_eq!(seen.finished, None, "prompt logprobs after the end");
+                    assert!(seen.tokens.is_empty(), "prompt logprobs after a token");
+                    let next = 1 + seen.prompt_logprobs.len();
+                    assert_eq!(first_token as usize, next, "lost or repeated");
+                    seen.prompt_logprobs.extend(tokens);
+                }
                 SequenceEvent::Token { sequence, output_index, token, .. } => {
                     let seen = self.seen.get_mut(&sequence).expect("known");
                     assert_eq!(seen.finished, None, "a token after the end");
