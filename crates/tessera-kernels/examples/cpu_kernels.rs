@@ -23,12 +23,12 @@ const ROWS: [usize; 7] = [1, 2, 4, 8, 16, 64, 512];
 struct SomeWeights;
 
 impl SliceReader for SomeWeights {
-    fn read_f32(&mut self, _: &TensorSlice<'_>, out: &mut [f32]) -> Result<(), WeightError> {
+    fn read_f32(&self, _: &TensorSlice<'_>, out: &mut [f32]) -> Result<(), WeightError> {
         out.fill(0.5);
         Ok(())
     }
 
-    fn read_bf16(&mut self, _: &TensorSlice<'_>, out: &mut [bf16]) -> Result<(), WeightError> {
+    fn read_bf16(&self, _: &TensorSlice<'_>, out: &mut [bf16]) -> Result<(), WeightError> {
         out.fill(bf16::from_f32(0.5));
         Ok(())
     }

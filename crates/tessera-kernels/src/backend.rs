@@ -141,9 +141,9 @@ pub trait Backend: Sized + 'static {
     ///
     /// # Errors
     /// What `src` reports; a format the backend does not have.
-    fn load_linear(&mut self, spec: &LinearSpec, src: &mut dyn SliceReader)
+    fn load_linear(&mut self, spec: &LinearSpec, src: &dyn SliceReader)
     -> Result<Self::Linear>;
-    fn load_norm(&mut self, spec: &NormSpec, src: &mut dyn SliceReader) -> Result<Self::Norm>;
+    fn load_norm(&mut self, spec: &NormSpec, src: &dyn SliceReader) -> Result<Self::Norm>;
     /// Sets aside every activation slot and input buffer, once, before the first step.
     fn plan(&mut self, slots: &[SlotSpec], max: &StepLimits) -> Result<MemoryReport>;
     /// A zeroed cache.

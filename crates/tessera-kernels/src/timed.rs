@@ -75,11 +75,11 @@ impl<B: Backend> Backend for Timed<B> {
         self.inner.progress()
     }
 
-    fn load_linear(&mut self, spec: &LinearSpec, src: &mut dyn SliceReader) -> Result<B::Linear> {
+    fn load_linear(&mut self, spec: &LinearSpec, src: &dyn SliceReader) -> Result<B::Linear> {
         self.inner.load_linear(spec, src)
     }
 
-    fn load_norm(&mut self, spec: &NormSpec, src: &mut dyn SliceReader) -> Result<B::Norm> {
+    fn load_norm(&mut self, spec: &NormSpec, src: &dyn SliceReader) -> Result<B::Norm> {
         self.inner.load_norm(spec, src)
     }
 

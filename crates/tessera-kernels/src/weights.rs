@@ -36,19 +36,20 @@ impl TensorSlice<'_> {
     }
 }
 
-/// Source of weights: a checkpoint, or random values. Reads exactly what is asked for.
-pub trait SliceReader {
+/// Source of weights: a checkpoint, or random values. Reads exactly what is asked for, for any number of
+/// threads at once.
+pub trait SliceReader: Sync {
     /// Fills `out` with the slice, row-major and dense. `out.len()` equals `slice.len()`.
     ///
     /// # Errors
     /// A missing tensor, another shape, a type that does not convert to f32, a failed read.
-    fn read_f32(&mut self, slice: &TensorSlice<'_>, out: &mut [f32]) -> Result<(), WeightError>;
+    fn read_f32(&self, slice: &TensorSlice<'_>, out: &mut [f32]) -> Result<(), WeightError>;
 
     /// The same, rounded to nearest even where the stored type is wider than BF16.
     ///
     /// # Errors
     /// As for [`SliceReader::read_f32`].
-    fn read_bf16(&mut self, slice: &TensorSlice<'_>, out: &mut [bf16]) -> Result<(), WeightError>;
+    fn read_bf16(&self, slice: &TensorSlice<'_>, out: &mut [bf16]) -> Result<(), WeightError>;
 }
 
 /// How the weights of a linear are stored in the checkpoint.

@@ -36,11 +36,11 @@ impl Backend for CpuBackend {
         self.progress.clone()
     }
 
-    fn load_linear(&mut self, spec: &LinearSpec, src: &mut dyn SliceReader) -> Result<CpuLinear> {
+    fn load_linear(&mut self, spec: &LinearSpec, src: &dyn SliceReader) -> Result<CpuLinear> {
         CpuLinear::load(spec, src, self.format, &self.compute)
     }
 
-    fn load_norm(&mut self, spec: &NormSpec, src: &mut dyn SliceReader) -> Result<CpuNorm> {
+    fn load_norm(&mut self, spec: &NormSpec, src: &dyn SliceReader) -> Result<CpuNorm> {
         CpuNorm::load(spec, src)
     }
 

@@ -46,7 +46,7 @@ impl CpuLinear {
     /// What the reader reports; no memory.
     pub(super) fn load(
         spec: &LinearSpec,
-        src: &mut dyn SliceReader,
+        src: &dyn SliceReader,
         format: CpuFormat,
         compute: &Compute,
     ) -> Result<Self> {
@@ -60,9 +60,9 @@ impl CpuLinear {
         }
         let (words, depth) = match format {
             CpuFormat::Bf16 => {
-                (pack_weights::<Pairs>(spec, src, &compute.pool)?, inputs.div_ceil(2))
+                (pack_weights::<Pairs>(spec, src, compute.pool.threads())?, inputs.div_ceil(2))
             }
-            CpuFormat::F32 => (pack_weights::<Singles>(spec, src, &compute.pool)?, inputs),
+            CpuFormat::F32 => (pack_weights::<Singles>(spec, src, compute.pool.threads())?, inputs),
         };
         let bias = read_bias(spec, src)?;
         let first_rows = spec.parts.first().map_or(0..0, |part| part.rows.clone());

@@ -18,7 +18,7 @@ pub struct CpuNorm {
 }
 
 impl CpuNorm {
-    pub(super) fn load(spec: &NormSpec, src: &mut dyn SliceReader) -> Result<Self> {
+    pub(super) fn load(spec: &NormSpec, src: &dyn SliceReader) -> Result<Self> {
         let mut weight = vec![0.0; spec.size];
         let shape = [spec.size];
         let slice =

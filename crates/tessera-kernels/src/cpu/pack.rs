@@ -1,14 +1,19 @@
-//! Loading a linear: slices are read band by band and packed into panels by all threads.
+//! Loading a linear: each of several threads reads the rows of a panel and packs them, so that reading,
+//! converting and packing overlap and no more than one panel per thread is ever held twice.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::gemm::PANEL;
 use super::memory::{Buffer, SharedOut};
-use super::pool::Pool;
 use super::word::Word;
-use crate::error::Result;
+use crate::error::{KernelError, Result};
 use crate::weights::{LinearSpec, PartLayout, SliceReader, TensorSlice};
 
-/// Panels read at once per thread.
-const BAND_PANELS: usize = 4;
+/// Readers of a large linear, at least: a disk answers several requests at once.
+const MIN_READERS: usize = 4;
+/// Bytes that are worth another reader.
+const READER_BYTES: usize = 1 << 20;
 /// Words of K that a panel is transposed by at a time: the block stays in the first-level cache.
 const BLOCK_WORDS: usize = 16;
 
@@ -28,43 +33,77 @@ pub(super) fn num_panels(outputs: usize, layout: PartLayout) -> usize {
     }
 }
 
-/// The weights as panels `[num_panels][depth][32]`, outputs and K filled up with zeros.
+/// The weights as panels `[num_panels][depth][32]`, outputs and K filled up with zeros. Read by up to
+/// `threads` threads, or a few more.
 pub(super) fn pack_weights<W: Word>(
     spec: &LinearSpec,
-    src: &mut dyn SliceReader,
-    pool: &Pool,
+    src: &dyn SliceReader,
+    threads: usize,
 ) -> Result<Buffer<u32>> {
     let (outputs, width) = (spec.out_features(), spec.in_features());
     let panels = num_panels(outputs, spec.layout);
     let panel_words = width.div_ceil(W::PER_WORD) * PANEL;
     let mut words = Buffer::zeroed(panels * panel_words)?;
-    let lanes = lanes(spec.layout);
-    // Rows of a stacked linear form one group, gate and up one each.
-    let group_rows = outputs * lanes / PANEL;
-    let band = (BAND_PANELS * pool.threads()).min(panels);
-    let mut rows = vec![W::Element::default(); band * PANEL * width];
-    for first in (0..panels).step_by(band.max(1)) {
-        let count = band.min(panels - first);
-        rows.fill(W::Element::default());
-        for (group, rows) in rows.chunks_exact_mut((band * lanes * width).max(1)).enumerate() {
-            let start = first * lanes;
-            let end = (start + count * lanes).min(group_rows);
-            let base = group * group_rows;
-            read_rows::<W>(spec, src, base + start..base + end.max(start), rows)?;
-        }
-        let out = SharedOut::new(&mut words);
-        pool.run(count, &|_, panel| {
-            let row = |lane: usize| {
-                let at = (lane / lanes * band + panel) * lanes + lane % lanes;
-                &rows[at * width..(at + 1) * width]
-            };
-            // SAFETY: each panel is written by the one thread that takes this part.
+    let readers = (size_of_val(&*words) / READER_BYTES).clamp(1, threads.max(MIN_READERS));
+    let out = SharedOut::new(&mut words);
+    let reading = Reading { spec, src, next: AtomicUsize::new(0), failed: OnceLock::new() };
+    let read = || {
+        reading.panels::<W>(panels, |panel, rows| {
+            // SAFETY: each panel is written by the one thread that took its number.
             #[allow(unsafe_code)]
-            let panel = unsafe { out.slice((first + panel) * panel_words, panel_words) };
-            pack_panel::<W>(row, panel);
+            let panel = unsafe { out.slice(panel * panel_words, panel_words) };
+            pack_panel::<W>(|lane| &rows[lane * width..(lane + 1) * width], panel);
         });
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..readers {
+            // Where a thread cannot be started, the others read its panels.
+            let _ = std::thread::Builder::new().name("load".into()).spawn_scoped(scope, &read);
+        }
+        read();
+    });
+    match reading.failed.into_inner() {
+        None => Ok(words),
+        Some(error) => Err(error),
     }
-    Ok(words)
+}
+
+/// A linear whose panels several threads take one by one.
+struct Reading<'a> {
+    spec: &'a LinearSpec,
+    src: &'a dyn SliceReader,
+    next: AtomicUsize,
+    /// The first error; it ends all threads.
+    failed: OnceLock<KernelError>,
+}
+
+impl Reading<'_> {
+    /// Takes panels until none is left or one failed, and hands the rows `[32][width]` of each to
+    /// `pack`. Called by every thread.
+    fn panels<W: Word>(&self, panels: usize, pack: impl Fn(usize, &[W::Element])) {
+        let (width, lanes) = (self.spec.in_features(), lanes(self.spec.layout));
+        // Rows of a stacked linear form one group, gate and up one each.
+        let group_rows = self.spec.out_features() * lanes / PANEL;
+        let mut rows = vec![W::Element::default(); PANEL * width];
+        while self.failed.get().is_none() {
+            let panel = self.next.fetch_add(1, Ordering::Relaxed);
+            if panel >= panels {
+                return;
+            }
+            let (start, end) = (panel * lanes, ((panel + 1) * lanes).min(group_rows));
+            rows.fill(W::Element::default());
+            let groups = rows.chunks_exact_mut((lanes * width).max(1)).enumerate();
+            let read = groups.into_iter().try_for_each(|(group, rows)| {
+                let base = group * group_rows;
+                read_rows::<W>(self.spec, self.src, base + start..base + end.max(start), rows)
+            });
+            match read {
+                Ok(()) => pack(panel, &rows),
+                // Only the first is reported.
+                Err(error) => drop(self.failed.set(error)),
+            }
+        }
+    }
 }
 
 /// Words of 32 rows, transposed block by block.
@@ -84,7 +123,7 @@ fn pack_panel<'a, W: Word>(row: impl Fn(usize) -> &'a [W::Element], panel: &mut 
 /// part stay zero.
 fn read_rows<W: Word>(
     spec: &LinearSpec,
-    src: &mut dyn SliceReader,
+    src: &dyn SliceReader,
     wanted: std::ops::Range<usize>,
     out: &mut [W::Element],
 ) -> Result<()> {
@@ -118,7 +157,7 @@ fn read_rows<W: Word>(
 }
 
 /// The biases in the order of the panels' outputs `[num_panels · 32]`, if any part has one.
-pub(super) fn read_bias(spec: &LinearSpec, src: &mut dyn SliceReader) -> Result<Option<Vec<f32>>> {
+pub(super) fn read_bias(spec: &LinearSpec, src: &dyn SliceReader) -> Result<Option<Vec<f32>>> {
     if !spec.parts.iter().any(|part| part.bias) {
         return Ok(None);
     }

@@ -24,7 +24,7 @@ pub(super) trait Word: 'static {
     type Element: Copy + Default + Send + Sync;
 
     fn read(
-        src: &mut dyn SliceReader,
+        src: &dyn SliceReader,
         slice: &TensorSlice<'_>,
         out: &mut [Self::Element],
     ) -> Result<(), WeightError>;
@@ -63,7 +63,7 @@ impl Word for Pairs {
     type Element = bf16;
 
     fn read(
-        src: &mut dyn SliceReader,
+        src: &dyn SliceReader,
         slice: &TensorSlice<'_>,
         out: &mut [bf16],
     ) -> Result<(), WeightError> {
@@ -132,7 +132,7 @@ impl Word for Singles {
     type Element = f32;
 
     fn read(
-        src: &mut dyn SliceReader,
+        src: &dyn SliceReader,
         slice: &TensorSlice<'_>,
         out: &mut [f32],
     ) -> Result<(), WeightError> {

@@ -24,7 +24,7 @@ impl ReferenceLinear {
     ///
     /// # Errors
     /// What the reader reports.
-    pub(super) fn load(spec: &LinearSpec, src: &mut dyn SliceReader) -> Result<Self> {
+    pub(super) fn load(spec: &LinearSpec, src: &dyn SliceReader) -> Result<Self> {
         match spec.format {
             WeightFormat::Dense => {}
         }
@@ -113,7 +113,7 @@ impl ReferenceLinear {
 /// Reads `slice` into the top left corner of `out` `[.., width]`, which is zero elsewhere.
 fn read_padded(
     slice: &TensorSlice<'_>,
-    src: &mut dyn SliceReader,
+    src: &dyn SliceReader,
     out: &mut [f32],
     width: usize,
 ) -> Result<()> {

@@ -136,12 +136,12 @@ impl Backend for ReferenceBackend {
     fn load_linear(
         &mut self,
         spec: &LinearSpec,
-        src: &mut dyn SliceReader,
+        src: &dyn SliceReader,
     ) -> Result<ReferenceLinear> {
         ReferenceLinear::load(spec, src)
     }
 
-    fn load_norm(&mut self, spec: &NormSpec, src: &mut dyn SliceReader) -> Result<ReferenceNorm> {
+    fn load_norm(&mut self, spec: &NormSpec, src: &dyn SliceReader) -> Result<ReferenceNorm> {
         ReferenceNorm::load(spec, src)
     }
 

@@ -131,7 +131,7 @@ impl MemoryWeights {
 }
 
 impl SliceReader for MemoryWeights {
-    fn read_f32(&mut self, slice: &TensorSlice<'_>, out: &mut [f32]) -> Result<(), WeightError> {
+    fn read_f32(&self, slice: &TensorSlice<'_>, out: &mut [f32]) -> Result<(), WeightError> {
         let (shape, values) = &self.0[slice.tensor];
         assert_eq!(shape, slice.shape, "{}", slice.tensor);
         assert_eq!(out.len(), slice.len(), "{}", slice.tensor);
@@ -141,7 +141,7 @@ impl SliceReader for MemoryWeights {
         Ok(())
     }
 
-    fn read_bf16(&mut self, slice: &TensorSlice<'_>, out: &mut [bf16]) -> Result<(), WeightError> {
+    fn read_bf16(&self, slice: &TensorSlice<'_>, out: &mut [bf16]) -> Result<(), WeightError> {
         let mut wide = vec![0.0; out.len()];
         self.read_f32(slice, &mut wide)?;
         out.iter_mut().zip(wide).for_each(|(out, value)| *out = bf16::from_f32(value));

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -33,7 +34,7 @@ pub struct Checkpoint {
     tensors: HashMap<String, Entry>,
     /// What lists the tensors, for the message about a missing one.
     listing: PathBuf,
-    bytes_read: u64,
+    bytes_read: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -120,11 +121,11 @@ impl Checkpoint {
             }
             shards.push(shard);
         }
-        Ok(Self { shards, tensors, listing, bytes_read: 0 })
+        Ok(Self { shards, tensors, listing, bytes_read: AtomicU64::new(0) })
     }
 
     pub(super) fn bytes_read(&self) -> u64 {
-        self.bytes_read
+        self.bytes_read.load(Ordering::Relaxed)
     }
 
     pub(super) fn entry(&self, name: &str) -> Result<&Entry, WeightError> {
@@ -175,7 +176,7 @@ impl Checkpoint {
 
     /// Fills `out` `[rows, cols]` with a slice. Whole rows are read in one go, parts of rows one by one.
     pub(super) fn read<T: Element>(
-        &mut self,
+        &self,
         slice: &TensorSlice<'_>,
         out: &mut [T],
     ) -> Result<(), WeightError> {
@@ -193,7 +194,8 @@ impl Checkpoint {
         for (first, out) in runs {
             self.read_run(slice.tensor, entry, first, out, &mut buffer)?;
         }
-        self.bytes_read += (slice.len() * element_bytes(entry.dtype)) as u64;
+        let bytes = slice.len() * element_bytes(entry.dtype);
+        self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(())
     }
 

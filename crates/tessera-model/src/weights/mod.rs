@@ -103,7 +103,7 @@ impl Weights {
 }
 
 impl SliceReader for Weights {
-    fn read_f32(&mut self, slice: &TensorSlice<'_>, out: &mut [f32]) -> Result<(), WeightError> {
+    fn read_f32(&self, slice: &TensorSlice<'_>, out: &mut [f32]) -> Result<(), WeightError> {
         match self {
             Self::Checkpoint(checkpoint) => checkpoint.read(slice, out),
             Self::Random(random) => {
@@ -113,7 +113,7 @@ impl SliceReader for Weights {
         }
     }
 
-    fn read_bf16(&mut self, slice: &TensorSlice<'_>, out: &mut [bf16]) -> Result<(), WeightError> {
+    fn read_bf16(&self, slice: &TensorSlice<'_>, out: &mut [bf16]) -> Result<(), WeightError> {
         match self {
             Self::Checkpoint(checkpoint) => checkpoint.read(slice, out),
             Self::Random(random) => {
