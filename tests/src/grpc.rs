@@ -16,7 +16,8 @@ use tessera_proto::inference::v1::inference_client::InferenceClient;
 use tessera_proto::inference::v1::{
     Completion, GenerateOnceResponse, GenerateRequest, GenerateResponse, GetClusterRequest,
     GetClusterResponse, GetModelRequest, GetModelResponse, PromptInfo, TokenizeRequest,
-    TokenizeResponse, UploadMediaRequest, UploadMediaResponse, generate_response::Event,
+    TokenizeResponse, ToolCall, ToolCallDelta, UploadMediaRequest, UploadMediaResponse,
+    generate_response::Event,
 };
 use tokio::runtime::{Builder, Runtime};
 use tonic::transport::{Channel, Endpoint};
@@ -224,6 +225,8 @@ impl Iterator for Events {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Answer {
     pub prompt: Option<PromptInfo>,
+    /// Of every prompt token but the first.
+    pub prompt_logprobs: Vec<PositionLogprobs>,
     pub choices: BTreeMap<u32, AnswerChoice>,
     pub completion: Option<Completion>,
 }
@@ -234,8 +237,26 @@ pub struct AnswerChoice {
     pub text: String,
     pub token_ids: Vec<u32>,
     pub logprobs: Vec<PositionLogprobs>,
+    pub tool_calls: Vec<ToolCall>,
     pub reason: FinishReason,
     pub matched_stop: String,
+}
+
+impl AnswerChoice {
+    fn add_call(&mut self, delta: ToolCallDelta) {
+        if delta.index as usize == self.tool_calls.len() {
+            assert!(
+                !delta.id.is_empty() && !delta.name.is_empty(),
+                "a call without name: {delta:?}"
+            );
+            self.tool_calls.push(ToolCall {
+                id: delta.id,
+                name: delta.name,
+                ..ToolCall::default()
+            });
+        }
+        self.tool_calls[delta.index as usize].arguments.push_str(&delta.arguments);
+    }
 }
 
 impl Answer {
@@ -262,6 +283,12 @@ impl Answer {
                 choice.text.push_str(&delta.text);
                 choice.token_ids.extend(delta.token_ids);
                 choice.logprobs.extend(delta.logprobs);
+                delta.tool_calls.into_iter().for_each(|call| choice.add_call(call));
+            }
+            Event::PromptLogprobs(piece) => {
+                assert!(self.choices.is_empty(), "prompt log probabilities came late");
+                assert_eq!(piece.first_token as usize, 1 + self.prompt_logprobs.len());
+                self.prompt_logprobs.extend(piece.tokens);
             }
             Event::Finish(finish) => {
                 let choice = self.choices.entry(finish.choice).or_default();

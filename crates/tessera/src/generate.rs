@@ -75,7 +75,10 @@ pub async fn generate(args: &GenerateArgs) -> Result<()> {
                 writeln!(out).map_err(Error::Output)?;
                 describe_completion(&completion);
             }
-            Some(generate_response::Event::Finish(_)) | None => {}
+            Some(
+                generate_response::Event::Finish(_) | generate_response::Event::PromptLogprobs(_),
+            )
+            | None => {}
         }
     }
     Ok(())

@@ -49,7 +49,13 @@ impl Replies {
 
     fn delta(self, delta: Delta) -> pb::Delta {
         let (token_ids, logprobs) = self.tokens(&delta.tokens);
-        pb::Delta { choice: delta.choice, text: delta.text, token_ids, logprobs }
+        pb::Delta {
+            choice: delta.choice,
+            text: delta.text,
+            token_ids,
+            logprobs,
+            tool_calls: Vec::new(),
+        }
     }
 
     fn tokens(self, tokens: &[OutputToken]) -> (Vec<u32>, Vec<common::PositionLogprobs>) {
@@ -114,6 +120,7 @@ impl OnceReply {
             prompt: Some(replies.prompt_info(prompt)),
             choices: (0..num_choices).map(choice).collect(),
             completion: None,
+            prompt_logprobs: Vec::new(),
         };
         Self { replies, reply }
     }
