@@ -48,6 +48,8 @@ pub struct UpOptions {
     pub encoders: u32,
     /// `etcd://…`; none: embedded.
     pub membership: Option<String>,
+    /// F32 weights unless set: greedy tokens then equal the golden ones whatever the margin.
+    pub device: &'static str,
     pub more: Vec<OsString>,
 }
 
@@ -60,6 +62,7 @@ impl UpOptions {
             ranks_per_process: 1,
             encoders: 1,
             membership: None,
+            device: "cpu-f32",
             more: Vec::new(),
         }
     }
@@ -95,6 +98,7 @@ impl Cluster {
         command.env("TMPDIR", &temporary);
         // The supervisor ends with this process, however that ends.
         command.args(["up", "--exit-with-stdin"]).arg("--model").arg(&options.model);
+        command.args(["--device", options.device]);
         command.args(["--tp", &options.tp.to_string()]);
         command.args(["--ranks-per-process", &options.ranks_per_process.to_string()]);
         command.args(["--encoders", &options.encoders.to_string()]);

@@ -6,10 +6,9 @@ use std::str::FromStr;
 use crate::cpu::CpuFormat;
 
 /// A backend and the format of its weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Device {
     /// f32 on the host, slow and obviously right: [`crate::ReferenceBackend`].
-    #[default]
     Reference,
     /// SIMD kernels on the host: [`crate::CpuBackend`].
     Cpu(CpuFormat),
@@ -20,6 +19,13 @@ pub enum Device {
 #[error("unknown device {name:?}; there are reference, cpu (BF16 weights) and cpu-f32")]
 pub struct UnknownDevice {
     pub name: String,
+}
+
+impl Default for Device {
+    /// SIMD kernels with BF16 weights: what everyone without a GPU runs.
+    fn default() -> Self {
+        Self::Cpu(CpuFormat::Bf16)
+    }
 }
 
 impl Device {

@@ -46,7 +46,7 @@ pub struct UpArgs {
     #[arg(long, default_value_t = 1)]
     pub groups: u32,
     /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights) or cpu-f32.
-    #[arg(long, value_name = "DEVICE", default_value = "reference")]
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
     /// Address of the OpenAI-compatible HTTP server.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
