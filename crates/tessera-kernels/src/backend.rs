@@ -58,6 +58,23 @@ pub struct RopeSpec {
     pub theta: f64,
     /// Frequencies that use the T, H and W position; sums to `head_dim / 2`.
     pub sections: [u32; 3],
+    /// Frequencies stretched to contexts beyond those of the training.
+    pub yarn: Option<YarnSpec>,
+}
+
+/// YaRN (Peng et al. 2023, "NTK-by-parts"), the same at every length of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct YarnSpec {
+    /// How many times longer the context is than in training.
+    pub factor: f64,
+    /// Longest context of the training in tokens.
+    pub original_context: f64,
+    /// Cosine and sine are multiplied by it.
+    pub attention_factor: f64,
+    /// Frequencies that turn more often than this over the original context are kept.
+    pub beta_fast: f64,
+    /// Those that turn less often than this are divided by `factor`; those between are blended.
+    pub beta_slow: f64,
 }
 
 /// KV cache of one rank. Keys are stored rotated, so their rotation belongs to it.
@@ -141,8 +158,7 @@ pub trait Backend: Sized + 'static {
     ///
     /// # Errors
     /// What `src` reports; a format the backend does not have.
-    fn load_linear(&mut self, spec: &LinearSpec, src: &dyn SliceReader)
-    -> Result<Self::Linear>;
+    fn load_linear(&mut self, spec: &LinearSpec, src: &dyn SliceReader) -> Result<Self::Linear>;
     fn load_norm(&mut self, spec: &NormSpec, src: &dyn SliceReader) -> Result<Self::Norm>;
     /// Sets aside every activation slot and input buffer, once, before the first step.
     fn plan(&mut self, slots: &[SlotSpec], max: &StepLimits) -> Result<MemoryReport>;

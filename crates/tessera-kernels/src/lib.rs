@@ -28,6 +28,7 @@ pub mod weights;
 pub use act::{Act, ActKind, DType, SlotId, SlotSpec};
 pub use backend::{
     Backend, Caps, Epilogue, GatherRows, GraphKey, HeadShape, KvSpec, RopeSpec, Segments, StepKind,
+    YarnSpec,
 };
 pub use cpu::{CpuBackend, CpuFormat};
 pub use device::{Device, UnknownDevice};

@@ -119,6 +119,7 @@ mod tests {
             rms_norm_eps: 1e-6,
             rope_theta: 1e6,
             mrope_section: [16, 24, 24],
+            yarn: None,
             max_position_embeddings: 4096,
             tie_word_embeddings: false,
         }

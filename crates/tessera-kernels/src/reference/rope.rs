@@ -3,14 +3,35 @@
 //! Both rotate the pair (i, i + head_dim / 2) by one angle. Angles are position · frequency in f32, as
 //! in the reference implementation; sine and cosine stay f32.
 
-use crate::backend::{HeadShape, RopeSpec};
+use crate::backend::{HeadShape, RopeSpec, YarnSpec};
 
 /// Base of the vision tower's frequencies (reference: `Qwen2_5_VisionRotaryEmbedding`).
 const VISION_THETA: f64 = 10_000.0;
 
 /// θ^(−2k / dim) for k in 0..count.
-fn inverse_frequencies(theta: f64, dim: u32, count: u32) -> Vec<f32> {
-    (0..count).map(|k| theta.powf(-2.0 * f64::from(k) / f64::from(dim)) as f32).collect()
+fn inverse_frequencies(theta: f64, dim: u32, count: u32) -> impl Iterator<Item = f64> {
+    (0..count).map(move |k| theta.powf(-2.0 * f64::from(k) / f64::from(dim)))
+}
+
+impl YarnSpec {
+    /// The share of frequency `k` that is interpolated, in [0, 1]: 0 up to the frequency that turns
+    /// `beta_fast` times over the original context, 1 from the one that turns `beta_slow` times. Both
+    /// limits are rounded outwards, as in the reference implementation (`_compute_yarn_parameters`).
+    fn interpolated(&self, k: u32, theta: f64, dim: u32) -> f64 {
+        let dim = f64::from(dim);
+        let turning = |turns: f64| {
+            let ratio = self.original_context / (turns * 2.0 * std::f64::consts::PI);
+            dim * ratio.ln() / (2.0 * theta.ln())
+        };
+        let low = turning(self.beta_fast).floor().max(0.0);
+        let high = turning(self.beta_slow).ceil().min(dim - 1.0);
+        let span = if low == high { 0.001 } else { high - low };
+        ((f64::from(k) - low) / span).clamp(0.0, 1.0)
+    }
+
+    fn stretched(&self, frequency: f64, interpolated: f64) -> f64 {
+        frequency / self.factor * interpolated + frequency * (1.0 - interpolated)
+    }
 }
 
 /// Angles of the decoder: frequencies are cut into three runs that follow T, H and W.
@@ -18,20 +39,36 @@ pub(crate) struct DecoderRope {
     frequencies: Vec<f32>,
     /// Which of (t, h, w) each frequency follows.
     axes: Vec<usize>,
+    /// Cosine and sine are multiplied by it.
+    scale: f32,
 }
 
 impl DecoderRope {
     pub(crate) fn new(spec: &RopeSpec, head_dim: u32) -> Self {
-        let frequencies = inverse_frequencies(spec.theta, head_dim, head_dim / 2);
-        let runs = spec.sections.iter().enumerate();
-        let axes = runs.flat_map(|(axis, count)| vec![axis; *count as usize]).collect();
-        Self { frequencies, axes }
+        let RopeSpec { theta, sections, yarn } = spec;
+        let frequencies = inverse_frequencies(*theta, head_dim, head_dim / 2).zip(0..);
+        let frequencies = frequencies.map(|(frequency, k)| match yarn {
+            None => frequency as f32,
+            Some(yarn) => yarn.stretched(frequency, yarn.interpolated(k, *theta, head_dim)) as f32,
+        });
+        let runs = sections.iter().enumerate();
+        Self {
+            frequencies: frequencies.collect(),
+            axes: runs.flat_map(|(axis, count)| vec![axis; *count as usize]).collect(),
+            scale: yarn.map_or(1.0, |yarn| yarn.attention_factor as f32),
+        }
     }
 
     /// Cosine and sine `[head_dim / 2]` at one position.
     pub(crate) fn angles(&self, position: [i32; 3]) -> Vec<(f32, f32)> {
         let frequencies = self.frequencies.iter().zip(&self.axes);
-        frequencies.map(|(frequency, axis)| cos_sin(position[*axis] as f32 * frequency)).collect()
+        let angles = frequencies.map(|(frequency, axis)| position[*axis] as f32 * frequency);
+        angles
+            .map(|angle| {
+                let (cos, sin) = cos_sin(angle);
+                (cos * self.scale, sin * self.scale)
+            })
+            .collect()
     }
 }
 
@@ -43,7 +80,8 @@ pub(crate) struct VisionRope {
 impl VisionRope {
     pub(crate) fn new(heads: HeadShape) -> Self {
         let dim = heads.head_dim / 2;
-        Self { frequencies: inverse_frequencies(VISION_THETA, dim, dim / 2) }
+        let frequencies = inverse_frequencies(VISION_THETA, dim, dim / 2);
+        Self { frequencies: frequencies.map(|frequency| frequency as f32).collect() }
     }
 
     /// Cosine and sine `[head_dim / 2]` of the patch at (row, col).

@@ -39,7 +39,7 @@ impl Shape {
             num_kv_heads: self.kv_heads as u32,
             head_dim: self.dim as u32,
             block_size: self.block_size as u32,
-            rope: RopeSpec { theta: self.theta, sections: self.sections() },
+            rope: RopeSpec { theta: self.theta, sections: self.sections(), yarn: None },
         }
     }
 }

@@ -103,7 +103,7 @@ fn tokens_and_blocks_outside_of_their_tables_are_refused<B: TestBackend>() {
     let error = b.embed_merge(&embed, act(1, 0, 8), act(0, 1, 8)).unwrap_err();
     assert!(matches!(error, KernelError::VacantSlot { slot: SequenceSlot(3) }));
 
-    let rope = RopeSpec { theta: 100.0, sections: [2, 1, 1] };
+    let rope = RopeSpec { theta: 100.0, sections: [2, 1, 1], yarn: None };
     let spec = KvSpec { num_layers: 1, num_kv_heads: 1, head_dim: 8, block_size: 4, rope };
     let mut kv = b.alloc_kv(&spec, 2).unwrap();
     inputs.slot_mapping[0] = 8;

@@ -148,7 +148,7 @@ const COLS: usize = (HEADS + 2) * DIM;
 
 /// A prompt computed in chunks of `chunk`, with a poisoned token behind each; attention rows.
 fn paged(b: &mut CpuBackend, len: usize, chunk: usize, rows: &[f32]) -> Vec<u32> {
-    let rope = RopeSpec { theta: 1e4, sections: [4, 4, 4] };
+    let rope = RopeSpec { theta: 1e4, sections: [4, 4, 4], yarn: None };
     let (num_kv_heads, block_size) = (1, BLOCK as u32);
     let spec = KvSpec { num_layers: 1, num_kv_heads, head_dim: DIM as u32, block_size, rope };
     let blocks = len.div_ceil(BLOCK) as u32;

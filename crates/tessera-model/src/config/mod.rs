@@ -2,13 +2,15 @@
 //! `rope_scaling` or `rope_parameters`; vision fields left out where they equal the class default.
 
 mod fields;
+mod rope;
 
 use std::path::Path;
 
 use serde::Serialize;
-use tessera_kernels::RopeSpec;
+use tessera_kernels::{RopeSpec, YarnSpec};
 
 use self::fields::Fields;
+use self::rope::Rope;
 use crate::error::{ModelError, Result};
 
 /// The language model.
@@ -26,7 +28,9 @@ pub struct TextConfig {
     pub rope_theta: f64,
     /// Rotary frequencies that follow T, H and W; sums to half of `head_dim`.
     pub mrope_section: [u32; 3],
-    /// Longest context in tokens.
+    /// Present where the context is stretched beyond that of the training.
+    pub yarn: Option<YarnConfig>,
+    /// Longest context in tokens; with YaRN `factor` times the original one, whatever the file says.
     pub max_position_embeddings: usize,
     /// The head is the embedding table.
     pub tie_word_embeddings: bool,
@@ -35,8 +39,28 @@ pub struct TextConfig {
 impl TextConfig {
     /// What the backend needs to rotate keys.
     pub fn rope(&self) -> RopeSpec {
-        RopeSpec { theta: self.rope_theta, sections: self.mrope_section }
+        let yarn = self.yarn.map(|yarn| YarnSpec {
+            factor: yarn.factor,
+            original_context: yarn.original_max_position_embeddings as f64,
+            attention_factor: yarn.attention_factor,
+            beta_fast: yarn.beta_fast,
+            beta_slow: yarn.beta_slow,
+        });
+        RopeSpec { theta: self.rope_theta, sections: self.mrope_section, yarn }
     }
+}
+
+/// `rope_scaling` of type `yarn`, with the defaults of the reference implementation. It is static: short
+/// contexts are stretched too.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct YarnConfig {
+    /// At least 1.
+    pub factor: f64,
+    pub original_max_position_embeddings: usize,
+    /// 0.1 · ln(factor) + 1 where the file does not give it.
+    pub attention_factor: f64,
+    pub beta_fast: f64,
+    pub beta_slow: f64,
 }
 
 /// The vision tower.
@@ -130,8 +154,9 @@ impl ModelConfig {
             let method = fields.string("quant_method")?.unwrap_or("unnamed");
             return Err(fields.unsupported("quant_method", method));
         }
-        let text = text_config(&top, text_fields)?;
         let vision = top.section("vision_config")?.ok_or_else(|| top.missing("vision_config"))?;
+        [&top, text_fields, &vision].into_iter().try_for_each(check_dtype)?;
+        let text = text_config(&top, text_fields)?;
         let vision = vision_config(&vision, text.hidden_size)?;
         let token_id = |name| -> Result<u32> {
             let id = top.required(name, top.size(name)?)?;
@@ -156,7 +181,7 @@ impl ModelConfig {
 fn text_config(top: &Fields<'_>, fields: &Fields<'_>) -> Result<TextConfig> {
     reject_sliding_window(fields)?;
     require_silu(fields)?;
-    let (rope_theta, mrope_section) = rope(top, fields)?;
+    let Rope { theta: rope_theta, section: mrope_section, yarn } = rope::read(top, fields)?;
     let size = |name| fields.required(name, fields.size(name)?);
     let (hidden_size, num_heads) = (size("hidden_size")?, size("num_attention_heads")?);
     let tied = match top.boolean("tie_word_embeddings")? {
@@ -177,7 +202,11 @@ fn text_config(top: &Fields<'_>, fields: &Fields<'_>) -> Result<TextConfig> {
         rms_norm_eps: fields.required("rms_norm_eps", fields.positive("rms_norm_eps")?)?,
         rope_theta,
         mrope_section,
-        max_position_embeddings: size("max_position_embeddings")?,
+        yarn,
+        max_position_embeddings: match yarn {
+            Some(yarn) => yarn.context(),
+            None => size("max_position_embeddings")?,
+        },
         tie_word_embeddings: tied.unwrap_or(false),
     };
     fields.divide("num_attention_heads", num_heads, "num_key_value_heads", config.num_kv_heads)?;
@@ -189,34 +218,20 @@ fn text_config(top: &Fields<'_>, fields: &Fields<'_>) -> Result<TextConfig> {
     Ok(config)
 }
 
-/// Theta and sections. `mrope` and `default` name the same thing; scaled variants are refused, since
-/// ignoring them would give wrong text silently.
-fn rope(top: &Fields<'_>, fields: &Fields<'_>) -> Result<(f64, [u32; 3])> {
-    let mut sections = Vec::new();
-    for place in [fields, top] {
-        for name in ["rope_parameters", "rope_scaling"] {
-            sections.extend(place.section(name)?);
+/// Names of the types that weights may be stored in.
+const DTYPES: [&str; 4] = ["bfloat16", "float16", "float32", "auto"];
+
+/// The field says in which type the weights were saved, and files say so themselves, tensor by tensor. So
+/// it is checked and otherwise not followed: a backend computes in its own types (`--device`), whatever a
+/// checkpoint was stored in.
+fn check_dtype(fields: &Fields<'_>) -> Result<()> {
+    for name in ["torch_dtype", "dtype"] {
+        let dtype = fields.string(name)?.map(|dtype| dtype.trim_start_matches("torch."));
+        if let Some(dtype) = dtype.filter(|dtype| !DTYPES.contains(dtype)) {
+            return Err(fields.unsupported(name, &format!("the weight type {dtype}")));
         }
     }
-    let Some(rope) = sections.first() else {
-        return Err(fields.missing("rope_scaling"));
-    };
-    for name in ["rope_type", "type"] {
-        if let Some(kind) = rope.string(name)?.filter(|kind| !["mrope", "default"].contains(kind)) {
-            return Err(rope.unsupported(name, &format!("rotary scaling {kind}")));
-        }
-    }
-    let theta = match rope.positive("rope_theta")? {
-        Some(theta) => Some(theta),
-        None => fields.positive("rope_theta")?.or(top.positive("rope_theta")?),
-    };
-    let theta = fields.required("rope_theta", theta)?;
-    let section = rope.required("mrope_section", rope.sizes("mrope_section")?)?;
-    let section: Vec<u32> = section.into_iter().map(|size| size as u32).collect();
-    match section.try_into() {
-        Ok(section) => Ok((theta, section)),
-        Err(_) => Err(rope.wrong("mrope_section", "must have three entries".to_owned())),
-    }
+    Ok(())
 }
 
 fn reject_sliding_window(fields: &Fields<'_>) -> Result<()> {

@@ -119,9 +119,13 @@ fn what_is_wrong_is_named_by_file_and_field() {
         ),
         (
             "rope_scaling.type",
-            json!("yarn"),
-            "rope_scaling.type: rotary scaling yarn is not supported",
+            json!("linear"),
+            "rope_scaling.type: rotary scaling linear is not supported",
         ),
+        ("rope_scaling.type", json!("yarn"), "rope_scaling.factor is missing"),
+        ("torch_dtype", json!("int8"), "torch_dtype: the weight type int8 is not supported"),
+        ("vision_config.dtype", json!("float64"), "vision_config.dtype: the weight type float64"),
+        ("torch_dtype", json!(16), "torch_dtype must be a string"),
         ("use_sliding_window", json!(true), "use_sliding_window: sliding window attention is not"),
         ("hidden_act", json!("gelu"), "hidden_act: gelu is not supported"),
         ("model_type", json!("qwen2_vl"), "model_type: qwen2_vl is not supported"),
@@ -172,4 +176,60 @@ fn sliding_layers_and_broken_json_are_refused() {
     assert!(matches!(broken, Err(ModelError::Json { .. })));
     let absent = ModelConfig::from_dir(Path::new("no/such/directory"));
     assert!(matches!(absent, Err(ModelError::File { .. })));
+}
+
+/// The 3B file with `rope_scaling` as the model card writes it for long texts, and `more`.
+fn with_yarn(more: Value) -> Value {
+    let mut file = flat();
+    file["max_position_embeddings"] = json!(32768);
+    file["rope_scaling"] = json!({
+        "type": "yarn", "mrope_section": [16, 24, 24], "factor": 4,
+        "original_max_position_embeddings": 32768
+    });
+    for (name, value) in more.as_object().unwrap() {
+        file["rope_scaling"][name] = value.clone();
+    }
+    file
+}
+
+#[test]
+fn yarn_stretches_the_context_by_its_factor() {
+    let text = parse(&with_yarn(json!({}))).unwrap().text;
+    assert_eq!(text.max_position_embeddings, 131_072);
+    let expected = YarnConfig {
+        factor: 4.0,
+        original_max_position_embeddings: 32768,
+        attention_factor: 0.1 * 4f64.ln() + 1.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+    };
+    assert_eq!(text.yarn, Some(expected));
+    assert_eq!(text.rope().yarn.unwrap().original_context, 32768.0);
+
+    let given = json!({
+        "rope_type": "yarn", "type": "mrope", "attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2
+    });
+    let yarn = parse(&with_yarn(given)).unwrap().text.yarn.unwrap();
+    assert_eq!((yarn.attention_factor, yarn.beta_fast, yarn.beta_slow), (1.5, 16.0, 2.0));
+    assert_eq!(parse(&flat()).unwrap().text.yarn, None);
+}
+
+#[test]
+fn yarn_that_is_wrong_or_of_another_kind_is_refused() {
+    let cases = [
+        (json!({"factor": 0.5}), "rope_scaling.factor must be at least 1"),
+        (json!({"factor": null}), "rope_scaling.factor is missing"),
+        (
+            json!({"original_max_position_embeddings": null}),
+            "rope_scaling.original_max_position_embeddings is missing",
+        ),
+        (json!({"beta_fast": 1}), "rope_scaling.beta_fast must be above beta_slow"),
+        (json!({"mscale": 0.7}), "rope_scaling.mscale: this variant of YaRN is not supported"),
+        (json!({"truncate": false}), "rope_scaling.truncate: this variant of YaRN"),
+        (json!({"rope_type": "default"}), "rope_scaling.type is yarn, but rope_type is default"),
+    ];
+    for (more, expected) in cases {
+        let message = parse(&with_yarn(more)).expect_err(expected).to_string();
+        assert!(message.contains(expected), "{message:?} does not say {expected:?}");
+    }
 }
