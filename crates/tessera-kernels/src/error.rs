@@ -19,6 +19,13 @@ pub enum WeightError {
     Shape { file: PathBuf, tensor: String, expected: Vec<usize>, found: Vec<usize> },
     #[error("{}: tensor {tensor} has type {found}, expected one of {expected}", file.display())]
     DType { file: PathBuf, tensor: String, found: String, expected: &'static str },
+    #[error("{}: rows {rows:?} and columns {cols:?} of tensor {tensor} are not in this file", file.display())]
+    NotHeld {
+        file: PathBuf,
+        tensor: String,
+        rows: std::ops::Range<usize>,
+        cols: std::ops::Range<usize>,
+    },
     #[error("{}: tensor {tensor} could not be read", file.display())]
     Read {
         file: PathBuf,

@@ -2,15 +2,15 @@
 //! over a [`Backend`]; tensor parallelism changes shapes only.
 
 use tessera_kernels::{
-    Act, Backend, DType, Epilogue, GatherRows, KvSpec, LinearSpec, MemoryReport, NormSpec,
-    PartLayout, RopeSpec, SlotId, SlotSpec, StepLimits,
+    Act, Backend, DType, Epilogue, GatherRows, KvSpec, MemoryReport, RopeSpec, SlotId, SlotSpec,
+    StepLimits,
 };
 
 use crate::config::TextConfig;
 use crate::error::Result;
-use crate::parallel::{Module, column_parallel, row_parallel};
+use crate::specs::{LanguageSpecs, LayerSpecs};
 use crate::split::TpSplit;
-use crate::tensors::{self, EMBED_TOKENS, FINAL_NORM, LM_HEAD};
+use crate::tensors;
 use crate::weights::Weights;
 
 /// One rank's share of the language model, loaded, with its activation slots planned.
@@ -92,7 +92,8 @@ impl<B: Backend> Decoder<B> {
     /// up to `limits`.
     ///
     /// # Errors
-    /// A tensor that is missing, misshapen or unreadable, by file and name; what the backend reports.
+    /// A tensor that is missing, misshapen or unreadable, by file and name; a pre-sharded checkpoint of
+    /// another degree; what the backend reports.
     pub fn load(
         backend: &mut B,
         config: &TextConfig,
@@ -100,20 +101,16 @@ impl<B: Backend> Decoder<B> {
         limits: &StepLimits,
         weights: &mut Weights,
     ) -> Result<Self> {
+        weights.select(split)?;
         weights.check(&tensors::language(config))?;
-        let vocab = |name| {
-            let module = Module::new(name, config.vocab_size, config.hidden_size, false);
-            column_parallel(vec![module.rows(&split.vocab)], PartLayout::Stacked)
-        };
-        let embed = backend.load_linear(&vocab(EMBED_TOKENS), weights)?;
-        let first_norm = backend.load_norm(&norm(config, first_norm_of(0)), weights)?;
-        let layers =
-            (0..config.num_layers).map(|index| Layer::load(backend, config, split, index, weights));
+        let specs = LanguageSpecs::new(config, split);
+        weights.announce(&specs.slices())?;
+        let embed = backend.load_linear(&specs.embed, weights)?;
+        let first_norm = backend.load_norm(&specs.first_norm, weights)?;
+        let layers = specs.layers.iter().map(|specs| Layer::load(backend, specs, weights));
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        let lm_head = match config.tie_word_embeddings {
-            true => None,
-            false => Some(backend.load_linear(&vocab(LM_HEAD), weights)?),
-        };
+        let lm_head = specs.lm_head.as_ref().map(|head| backend.load_linear(head, weights));
+        let lm_head = lm_head.transpose()?;
         let slots = DecoderSlots::new(config, split, limits, backend.caps().activation_dtype);
         Ok(Self {
             embed,
@@ -206,71 +203,14 @@ impl<B: Backend> Decoder<B> {
 }
 
 impl<B: Backend> Layer<B> {
-    fn load(
-        backend: &mut B,
-        config: &TextConfig,
-        split: &TpSplit,
-        index: usize,
-        weights: &mut Weights,
-    ) -> Result<Self> {
-        let next_norm = match index + 1 == config.num_layers {
-            true => FINAL_NORM.to_owned(),
-            false => first_norm_of(index + 1),
-        };
-        let post_attention = format!("{}.post_attention_layernorm.weight", tensors::layer(index));
-        let specs = LayerSpecs::new(config, split, index);
+    fn load(backend: &mut B, specs: &LayerSpecs, weights: &Weights) -> Result<Self> {
         Ok(Self {
             qkv: backend.load_linear(&specs.qkv, weights)?,
             o_proj: backend.load_linear(&specs.o_proj, weights)?,
-            post_attention_norm: backend.load_norm(&norm(config, post_attention), weights)?,
+            post_attention_norm: backend.load_norm(&specs.post_attention_norm, weights)?,
             gate_up: backend.load_linear(&specs.gate_up, weights)?,
             down: backend.load_linear(&specs.down, weights)?,
-            next_norm: backend.load_norm(&norm(config, next_norm), weights)?,
+            next_norm: backend.load_norm(&specs.next_norm, weights)?,
         })
     }
-}
-
-/// The linears of one layer as a rank holds them.
-struct LayerSpecs {
-    qkv: LinearSpec,
-    o_proj: LinearSpec,
-    gate_up: LinearSpec,
-    down: LinearSpec,
-}
-
-impl LayerSpecs {
-    fn new(config: &TextConfig, split: &TpSplit, index: usize) -> Self {
-        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
-        let (query, kv) = (config.num_heads * head_dim, config.num_kv_heads * head_dim);
-        let module = |name: &str, out, cols, bias| {
-            Module::new(format!("{}.{name}", tensors::layer(index)), out, cols, bias)
-        };
-        let query_rows = split.query_heads.scaled(head_dim);
-        let kv_rows = split.kv_shard().scaled(head_dim);
-        let qkv = vec![
-            module("self_attn.q_proj", query, hidden, true).rows(&query_rows),
-            module("self_attn.k_proj", kv, hidden, true).rows(&kv_rows),
-            module("self_attn.v_proj", kv, hidden, true).rows(&kv_rows),
-        ];
-        let inner = config.intermediate_size;
-        let gate_up = ["mlp.gate_proj", "mlp.up_proj"];
-        let gate_up = gate_up.map(|name| module(name, inner, hidden, false).rows(&split.mlp));
-        let is_first = split.rank.0 == 0;
-        let o_proj = module("self_attn.o_proj", hidden, query, false);
-        let down = module("mlp.down_proj", hidden, inner, false);
-        Self {
-            qkv: column_parallel(qkv, PartLayout::Stacked),
-            o_proj: row_parallel(&o_proj, &query_rows, is_first),
-            gate_up: column_parallel(gate_up.to_vec(), PartLayout::GateUp),
-            down: row_parallel(&down, &split.mlp, is_first),
-        }
-    }
-}
-
-fn first_norm_of(layer: usize) -> String {
-    format!("{}.input_layernorm.weight", tensors::layer(layer))
-}
-
-fn norm(config: &TextConfig, tensor: String) -> NormSpec {
-    NormSpec { tensor, size: config.hidden_size, eps: config.rms_norm_eps }
 }

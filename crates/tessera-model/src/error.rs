@@ -33,6 +33,22 @@ pub enum ModelError {
     NoCheckpoint { directory: PathBuf },
     #[error("{}: {reason}", file.display())]
     Checkpoint { file: PathBuf, reason: String },
+    #[error(
+        "{}: pre-sharded for tensor parallel degree {found}, but {expected} is asked for; use that degree, \
+         or shard the published checkpoint again",
+        directory.display()
+    )]
+    ShardDegree { directory: PathBuf, found: u32, expected: u32 },
+    #[error("{}: exists and is not an empty directory", directory.display())]
+    OutputExists { directory: PathBuf },
+    #[error("{}: cannot be written", file.display())]
+    Write {
+        file: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cancelled")]
+    Cancelled,
     #[error(transparent)]
     Split(#[from] SplitError),
     #[error(transparent)]

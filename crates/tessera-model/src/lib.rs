@@ -10,16 +10,18 @@
 //! - The residual stream is f32. The vision tower is replicated, never split.
 //!
 //! Modules: [`config`] (config.json), [`split`] (what each rank holds), [`source`] (which model is served),
-//! [`weights`] (checkpoints and random weights, fingerprints), [`tensors`] (published names and shapes),
-//! [`parallel`] (column-, row- and vocab-parallel linears), [`decoder`], [`vision`], [`numerics`] (ids of
-//! what may change bits), [`error`].
+//! [`weights`] (checkpoints, pre-sharded ones, random weights, fingerprints), [`progress`] (of loading),
+//! [`tensors`] (published names and shapes), [`parallel`] (column-, row- and vocab-parallel linears), `specs`
+//! (what a rank loads), [`decoder`], [`vision`], [`numerics`] (ids of what may change bits), [`error`].
 
 pub mod config;
 pub mod decoder;
 pub mod error;
 pub mod numerics;
 pub mod parallel;
+pub mod progress;
 pub mod source;
+mod specs;
 pub mod split;
 pub mod tensors;
 pub mod vision;
@@ -28,7 +30,8 @@ pub mod weights;
 pub use config::{ModelConfig, TextConfig, VisionConfig};
 pub use decoder::Decoder;
 pub use error::{ModelError, Result};
+pub use progress::{LoadMeter, LoadProgress};
 pub use source::ModelSource;
 pub use split::{Shard, SplitError, TpSplit};
 pub use vision::{VisionItem, VisionTower, WindowOrder, window_order};
-pub use weights::{WeightSource, Weights};
+pub use weights::{ShardJob, ShardObserver, WeightSource, Weights, write_shards};

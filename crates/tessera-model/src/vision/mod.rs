@@ -14,6 +14,7 @@ use tessera_types::GridThw;
 use crate::config::VisionConfig;
 use crate::error::{ModelError, Result};
 use crate::parallel::{Module, column_parallel, replicated, row_parallel};
+use crate::specs::Slice;
 use crate::split::Shard;
 use crate::tensors::{self, MERGER_IN, MERGER_NORM, MERGER_OUT, PATCH_EMBED};
 use crate::weights::Weights;
@@ -121,7 +122,9 @@ impl<B: Backend> VisionTower<B> {
         max_patches: u32,
         weights: &mut Weights,
     ) -> Result<Self> {
-        weights.check(&tensors::vision(config))?;
+        let tensors = tensors::vision(config);
+        weights.check(&tensors)?;
+        weights.announce(&tensors.iter().map(Slice::whole).collect::<Vec<_>>())?;
         let mut patch_embed =
             replicated(&Module::new(PATCH_EMBED, config.hidden_size, config.patch_len(), false));
         patch_embed.parts[0].shape = tensors::patch_embed_shape(config).to_vec();
@@ -267,7 +270,7 @@ impl<B: Backend> Block<B> {
         backend: &mut B,
         config: &VisionConfig,
         index: usize,
-        weights: &mut Weights,
+        weights: &Weights,
     ) -> Result<Self> {
         let name = tensors::block(index);
         let hidden = config.hidden_size;

@@ -24,37 +24,35 @@ pub(super) fn config_bytes(config: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(config).expect("a config is plain data")
 }
 
-fn start(part: &str, config: &[u8]) -> blake3::Hasher {
+/// Fingerprint of a part: its configuration, and a digest of its weights.
+pub(super) fn of_part(part: &str, config: &[u8], weights: Hash256) -> ModelFingerprint {
     let mut hasher = blake3::Hasher::new();
-    for text in [b"tessera model v1".as_slice(), part.as_bytes(), config] {
+    for text in [b"tessera model v2".as_slice(), part.as_bytes(), config] {
         hasher.update(&(text.len() as u64).to_le_bytes()).update(text);
     }
-    hasher
-}
-
-fn finish(hasher: &blake3::Hasher) -> ModelFingerprint {
+    hasher.update(weights.as_bytes());
     ModelFingerprint(Hash256(*hasher.finalize().as_bytes()))
 }
 
-pub(super) fn of_seed(part: &str, config: &[u8], seed: u64) -> ModelFingerprint {
-    let mut hasher = start(part, config);
+/// Digest of random weights.
+pub(super) fn of_seed(seed: u64) -> Hash256 {
+    let mut hasher = blake3::Hasher::new();
     hasher.update(b"random").update(&seed.to_le_bytes());
-    finish(&hasher)
+    Hash256(*hasher.finalize().as_bytes())
 }
 
-pub(super) fn of_checkpoint(
-    part: &str,
-    config: &[u8],
+/// Digest of the tensors of a part, which are checked first.
+pub(super) fn of_tensors(
     checkpoint: &Checkpoint,
     tensors: &[TensorSpec],
-) -> Result<ModelFingerprint, WeightError> {
-    let mut hasher = start(part, config);
+) -> Result<Hash256, WeightError> {
+    let mut hasher = blake3::Hasher::new();
     hasher.update(b"checkpoint");
-    let mut names: Vec<&str> = tensors.iter().map(|spec| spec.name.as_str()).collect();
-    names.sort_unstable();
+    let mut tensors: Vec<&TensorSpec> = tensors.iter().collect();
+    tensors.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     let mut buffer = Vec::new();
-    for name in names {
-        let entry = checkpoint.entry(name)?;
+    for TensorSpec { name, shape } in tensors {
+        let entry = checkpoint.check(name, shape)?;
         let header = format!("{name} {:?} {:?}", entry.dtype, entry.shape);
         hasher.update(&(header.len() as u64).to_le_bytes()).update(header.as_bytes());
         for (from, len) in windows(entry.len()) {
@@ -63,7 +61,7 @@ pub(super) fn of_checkpoint(
             hasher.update(&buffer);
         }
     }
-    Ok(finish(&hasher))
+    Ok(Hash256(*hasher.finalize().as_bytes()))
 }
 
 /// (offset, length) of the byte windows of a tensor.

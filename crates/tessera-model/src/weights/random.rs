@@ -38,27 +38,26 @@ impl RandomWeights {
         self.seed
     }
 
-    /// Fills `out` with the slice.
+    /// Fills `out` with the slice; returns the bytes of its values in BF16.
     pub(super) fn fill<T>(
         &self,
         slice: &TensorSlice<'_>,
         out: &mut [T],
         convert: impl Fn(bf16) -> T,
-    ) {
-        let key = tensor_key(self.seed, slice.tensor);
+    ) -> u64 {
         let (center, spread) = self.distribution(slice);
-        // A uniform draw from [-1, 1) has a standard deviation of 1/√3.
+        // A uniform draw from (-1, 1) has a standard deviation of 1/√3.
         let amplitude = spread * 3f32.sqrt();
-        let width = slice.matrix_cols();
-        let mut out = out.iter_mut();
-        for row in slice.rows.clone() {
-            for col in slice.cols.clone() {
-                let value = center + amplitude * uniform(key, (row * width + col) as u64);
-                if let Some(out) = out.next() {
-                    *out = convert(bf16::from_f32(value));
-                }
+        let stream = Stream { key: tensor_key(self.seed, slice.tensor), center, amplitude };
+        let (width, cols) = (slice.matrix_cols(), slice.cols.len());
+        if cols == width {
+            stream.fill((slice.rows.start * width) as u64, out, &convert);
+        } else {
+            for (row, out) in slice.rows.clone().zip(out.chunks_exact_mut(cols.max(1))) {
+                stream.fill((row * width + slice.cols.start) as u64, out, &convert);
             }
         }
+        (slice.len() * size_of::<bf16>()) as u64
     }
 
     /// Mean and standard deviation of a tensor's values.
@@ -94,11 +93,50 @@ fn tensor_key(seed: u64, name: &str) -> u64 {
     u64::from_le_bytes(*first)
 }
 
-/// The value at `index` of a stream, in [-1, 1) (SplitMix64 by counter, Steele et al. 2014).
-fn uniform(key: u64, index: u64) -> f32 {
+/// Draws that one word of the generator gives, 16 bits each: twice what BF16 keeps.
+const PER_WORD: usize = 4;
+/// Words computed at a time.
+const BLOCK_WORDS: usize = 64;
+
+/// The values of one tensor.
+struct Stream {
+    key: u64,
+    center: f32,
+    amplitude: f32,
+}
+
+impl Stream {
+    /// Fills `out` with the values from index `first` on.
+    fn fill<T>(&self, first: u64, out: &mut [T], convert: &impl Fn(bf16) -> T) {
+        let (mut at, mut rest) = (first, out);
+        while !rest.is_empty() {
+            let skipped = (at % PER_WORD as u64) as usize;
+            let count = rest.len().min(BLOCK_WORDS * PER_WORD - skipped);
+            let mut draws = [[0i16; PER_WORD]; BLOCK_WORDS];
+            let words = (skipped + count).div_ceil(PER_WORD);
+            for (index, draws) in draws[..words].iter_mut().enumerate() {
+                let word = mixed(self.key, at / PER_WORD as u64 + index as u64);
+                *draws = [word, word >> 16, word >> 32, word >> 48].map(|bits| bits as i16);
+            }
+            let (run, after) = rest.split_at_mut(count);
+            let draws = draws.as_flattened().iter().skip(skipped);
+            run.iter_mut().zip(draws).for_each(|(out, draw)| *out = convert(self.value(*draw)));
+            (rest, at) = (after, at + count as u64);
+        }
+    }
+
+    fn value(&self, draw: i16) -> bf16 {
+        let unit = (f32::from(draw) + 0.5) * (1.0 / 32768.0);
+        let bits = (self.center + self.amplitude * unit).to_bits();
+        // To nearest even; a value that is finite needs no more.
+        bf16::from_bits((bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16)
+    }
+}
+
+/// Word `index` of a stream (SplitMix64 by counter, Steele et al. 2014).
+fn mixed(key: u64, index: u64) -> u64 {
     let mut x = key.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^= x >> 31;
-    (x >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    x ^ (x >> 31)
 }
