@@ -73,7 +73,7 @@ pub fn sequence_status(error: &SequenceError) -> Status {
 
 fn add_reason(error: &AddError) -> ErrorReason {
     match error {
-        AddError::QueueFull { .. } => ErrorReason::Overloaded,
+        AddError::QueueFull { .. } | AddError::TenantQueueFull { .. } => ErrorReason::Overloaded,
         AddError::Duplicate { .. } => ErrorReason::Internal,
         AddError::Prompt(_) | AddError::Sampling(_) | AddError::OutputBeyondLimit { .. } => {
             ErrorReason::InvalidArgument

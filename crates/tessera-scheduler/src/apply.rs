@@ -106,14 +106,20 @@ impl Scheduler {
     /// Prompt blocks that the step filled enter the prefix cache.
     fn register_blocks(&mut self, row: &InFlightRow) {
         let block_size = self.config.block_size as usize;
+        let sequence = self.at(row.slot);
+        let num_full = (row.num_computed / block_size).min(sequence.request.block_keys.len());
+        if num_full <= sequence.num_registered_blocks {
+            return;
+        }
+        self.leave_frontier(row.slot);
         let sequence = self.slots[row.slot.index()].as_mut().expect("a step in flight names it");
-        let keys = &sequence.request.block_keys;
-        let num_full = (row.num_computed / block_size).min(keys.len());
-        let filled = sequence.num_registered_blocks..num_full.max(sequence.num_registered_blocks);
-        for (&block, &key) in sequence.blocks[filled.clone()].iter().zip(&keys[filled.clone()]) {
+        let filled = sequence.num_registered_blocks..num_full;
+        let keys = &sequence.request.block_keys[filled.clone()];
+        for (&block, &key) in sequence.blocks[filled].iter().zip(keys) {
             self.pool.register(block, key);
         }
-        sequence.num_registered_blocks = filled.end;
+        sequence.num_registered_blocks = num_full;
+        self.enter_frontier(row.slot);
     }
 
     /// Step of the last output applied.

@@ -30,6 +30,7 @@ pub struct BlockPool {
     /// Taken last.
     tail: u32,
     num_free: usize,
+    num_evicted: u64,
 }
 
 impl BlockPool {
@@ -42,6 +43,7 @@ impl BlockPool {
             head: NIL,
             tail: NIL,
             num_free: 0,
+            num_evicted: 0,
         };
         for index in 0..num_blocks {
             pool.push_back(index);
@@ -59,6 +61,11 @@ impl BlockPool {
         self.num_free
     }
 
+    /// Blocks taken although they held something that could be found, since construction.
+    pub fn num_evicted(&self) -> u64 {
+        self.num_evicted
+    }
+
     /// Takes a free block and forgets what it held. `None`: every block is referenced.
     pub fn take(&mut self) -> Option<BlockId> {
         if self.head == NIL {
@@ -70,6 +77,7 @@ impl BlockPool {
         block.num_references = 1;
         if let Some(key) = block.key.take() {
             self.by_key.remove(&key);
+            self.num_evicted += 1;
         }
         Some(BlockId(index))
     }
@@ -202,6 +210,7 @@ mod tests {
         pool.release(blocks[0]);
         assert_eq!(pool.take(), Some(blocks[1]));
         assert_eq!(pool.lookup(&key(1)), None, "a taken block is forgotten");
+        assert_eq!(pool.num_evicted(), 1);
         assert_eq!(
             [pool.take(), pool.take(), pool.take()],
             [Some(blocks[2]), Some(blocks[0]), None]

@@ -15,7 +15,11 @@ pub struct SchedulerConfig {
     /// Sequences that wait for a slot; one more is refused as queue full. Preempted sequences return to
     /// the queue beyond this bound, at most `max_running` of them.
     pub max_waiting: u32,
-    /// Token budget of a step.
+    /// Of these, sequences of one tenant; one more is refused as queue full for that tenant. 0: three
+    /// quarters of `max_waiting`. It holds for requests without a tenant too, and whether or not others
+    /// wait: who comes second must find room. Where nobody names tenants, set it to `max_waiting`.
+    pub max_waiting_per_tenant: u32,
+    /// Most tokens of a step. The budget in force, [`crate::Scheduler::set_token_budget`], may be lower.
     pub max_tokens_per_step: u32,
     /// Prompt and output tokens of one sequence, the context length served.
     pub max_model_len: u32,
@@ -33,6 +37,7 @@ impl Default for SchedulerConfig {
             block_size: 16,
             max_running: 32,
             max_waiting: 256,
+            max_waiting_per_tenant: 0,
             max_tokens_per_step: 64,
             max_model_len: 4096,
             pipeline_depth: 2,
@@ -62,6 +67,14 @@ impl SchedulerConfig {
             return Err(ConfigError::PipelineDepth { pipeline_depth: self.pipeline_depth });
         }
         Ok(())
+    }
+
+    /// Sequences of one tenant that may wait.
+    pub fn max_waiting_of_tenant(&self) -> u32 {
+        match self.max_waiting_per_tenant {
+            0 => (self.max_waiting - self.max_waiting / 4).max(1),
+            max => max,
+        }
     }
 
     /// Rows of the sequence table: one per running sequence, and one for the reserve.

@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use tessera_types::{BlockId, Epoch, PromptError, SamplingError, SequenceId, SequenceSlot, StepId};
+use tessera_types::{
+    BlockId, Epoch, PromptError, SamplingError, SequenceId, SequenceSlot, StepId, TenantId,
+};
 
 /// Limits that contradict each other.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -24,6 +26,11 @@ pub enum AddError {
     /// The same request may succeed later.
     #[error("the queue is full: {max_waiting} sequences are waiting")]
     QueueFull { max_waiting: u32 },
+    /// As [`AddError::QueueFull`], while other tenants may still find room.
+    #[error(
+        "the tenant's share of the queue is full: {max_waiting_per_tenant} of its sequences wait"
+    )]
+    TenantQueueFull { tenant: TenantId, max_waiting_per_tenant: u32 },
     #[error("sequence {sequence} exists already")]
     Duplicate { sequence: SequenceId },
     #[error("invalid prompt")]

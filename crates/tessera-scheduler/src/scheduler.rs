@@ -1,16 +1,18 @@
 //! The scheduler's state and surface. `schedule.rs` makes plans, `apply.rs` takes their results.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
 use tessera_types::{
-    Epoch, FinishReason, SequenceId, SequenceSlot, StepId, TokenId, TokenLogprobs,
+    BlockKey, Epoch, FinishReason, SequenceId, SequenceSlot, StepId, TokenId, TokenLogprobs,
 };
 
 use crate::block_pool::BlockPool;
 use crate::config::SchedulerConfig;
 use crate::error::{AddError, ConfigError};
-use crate::sequence::{MediaState, OrderKey, Sequence, SequenceRequest, Stage};
+use crate::media::MediaAsks;
+use crate::queue::WaitingQueue;
+use crate::sequence::{Sequence, SequenceRequest, Stage};
 use crate::table::SequenceTable;
 
 /// What happened to a sequence. Collected by [`Scheduler::take_events`] in order.
@@ -53,10 +55,24 @@ pub struct Load {
     pub num_preemptions: u64,
 }
 
+/// What happened since construction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Sequences that took a slot; one that comes back after preemption counts once.
+    pub num_admitted: u64,
+    pub num_preemptions: u64,
+    /// Prompt tokens of admitted sequences that may use the prefix cache, and those of them that were
+    /// found there or shared with a running sequence: the hit rate is their ratio.
+    pub num_queried_tokens: u64,
+    pub num_hit_tokens: u64,
+    /// Cached blocks that were given to other contents.
+    pub num_evicted_blocks: u64,
+}
+
 /// Where a sequence is kept.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
-    Waiting(OrderKey),
+    Waiting,
     Slot(SequenceSlot),
 }
 
@@ -98,10 +114,16 @@ pub struct Scheduler {
     pub(crate) leaving: Vec<SequenceSlot>,
     /// Slots emptied since the last plan.
     pub(crate) released: Vec<SequenceSlot>,
-    pub(crate) waiting: BTreeMap<OrderKey, Sequence>,
+    pub(crate) queue: WaitingQueue,
     pub(crate) places: HashMap<SequenceId, Place>,
+    /// Running sequences by the key of their first block outside the prefix cache.
+    pub(crate) frontiers: HashMap<BlockKey, SequenceSlot>,
+    pub(crate) asks: MediaAsks,
     pub(crate) events: Vec<SequenceEvent>,
-    pub(crate) num_preemptions: u64,
+    /// Those of the pool are of earlier epochs.
+    pub(crate) counters: Counters,
+    /// Tokens that a step may hold now.
+    pub(crate) token_budget: u32,
 }
 
 impl Scheduler {
@@ -121,10 +143,13 @@ impl Scheduler {
             running: Vec::new(),
             leaving: Vec::new(),
             released: Vec::new(),
-            waiting: BTreeMap::new(),
+            queue: WaitingQueue::default(),
             places: HashMap::new(),
+            frontiers: HashMap::new(),
+            asks: MediaAsks::new(),
             events: Vec::new(),
-            num_preemptions: 0,
+            counters: Counters::default(),
+            token_budget: config.max_tokens_per_step,
             config,
         })
     }
@@ -134,10 +159,25 @@ impl Scheduler {
         &self.config
     }
 
+    /// Sets how many tokens a step may hold from the next plan on, fitted by the caller to a time target.
+    /// Kept between one token for each slot, so that every sequence in decode advances, and
+    /// `max_tokens_per_step`. Returns the budget in force.
+    pub fn set_token_budget(&mut self, num_tokens: u32) -> u32 {
+        let (least, most) = (self.config.num_slots(), self.config.max_tokens_per_step);
+        self.token_budget = num_tokens.clamp(least, most);
+        self.token_budget
+    }
+
+    /// Tokens that a step may hold now.
+    pub fn token_budget(&self) -> u32 {
+        self.token_budget
+    }
+
     /// Begins an epoch with empty blocks, prefix cache and table. Panics if one is running: the caller
     /// must have taken the sequences of the last one from [`Scheduler::end_epoch`].
     pub fn begin_epoch(&mut self, epoch: Epoch, num_blocks: u32) {
         assert!(self.epoch.is_none(), "epoch {epoch} begins before the last one ended");
+        self.counters.num_evicted_blocks += self.pool.num_evicted();
         self.pool = BlockPool::new(num_blocks);
         self.table = SequenceTable::new(self.config.table_limits(num_blocks), epoch);
         self.scheduled_step = StepId(0);
@@ -155,7 +195,9 @@ impl Scheduler {
         self.running.clear();
         self.leaving.clear();
         self.released.clear();
-        self.waiting.clear();
+        self.queue.clear();
+        self.frontiers.clear();
+        self.asks.clear();
         self.events.clear();
         let mut dropped: Vec<_> = self.places.drain().map(|(sequence, _)| sequence).collect();
         dropped.sort();
@@ -167,10 +209,7 @@ impl Scheduler {
         if self.epoch.is_none() {
             return Err(AddError::NoEpoch);
         }
-        let max_waiting = self.config.max_waiting;
-        if self.waiting.len() >= max_waiting as usize && !request.use_reserve {
-            return Err(AddError::QueueFull { max_waiting });
-        }
+        self.check_queue(&request)?;
         let id = request.sequence;
         if self.places.contains_key(&id) {
             return Err(AddError::Duplicate { sequence: id });
@@ -182,34 +221,42 @@ impl Scheduler {
             self.events.push(finished(&sequence, reason));
             return Ok(());
         }
-        let num_cached = self.prefix_hit(&sequence).len() * self.config.block_size as usize;
-        let items = sequence.take_needed_media(num_cached);
-        if !items.is_empty() {
-            self.events.push(SequenceEvent::MediaNeeded { sequence: id, items });
+        let num_covered = self.num_covered(&self.prefix_hit(&sequence));
+        sequence.account =
+            self.queue.tenants.open(sequence.request.priority, sequence.request.tenant);
+        sequence.parked = true;
+        self.places.insert(id, Place::Waiting);
+        self.queue.push(sequence);
+        self.ask_for_media(id, num_covered);
+        self.queue.update(id, |sequence| sequence.parked = sequence.gap_from(num_covered) == 0);
+        Ok(())
+    }
+
+    /// Room in the queue, as a whole and for the tenant.
+    fn check_queue(&self, request: &SequenceRequest) -> Result<(), AddError> {
+        let max_waiting = self.config.max_waiting;
+        let num_reserve = self.queue.num_reserve();
+        let num_waiting = match request.use_reserve {
+            true => num_reserve,
+            false => self.queue.len() - num_reserve,
+        };
+        if num_waiting >= max_waiting as usize {
+            return Err(AddError::QueueFull { max_waiting });
         }
-        let order = sequence.order();
-        self.places.insert(id, Place::Waiting(order));
-        self.waiting.insert(order, sequence);
+        let tenant = request.tenant;
+        let max_waiting_per_tenant = self.config.max_waiting_of_tenant();
+        if !request.use_reserve && self.queue.num_of(tenant) >= max_waiting_per_tenant {
+            return Err(AddError::TenantQueueFull { tenant, max_waiting_per_tenant });
+        }
         Ok(())
     }
 
     /// Keeps a waiting sequence from being admitted (its embeddings have no room yet), or lets it go.
     pub fn set_held(&mut self, sequence: SequenceId, held: bool) {
-        if let Some(sequence) = self.sequence_mut(sequence) {
-            sequence.held = held;
+        if let Some(known) = self.sequence_mut(sequence) {
+            known.held = held;
+            self.queue.update(sequence, |waiting| waiting.held = held);
         }
-    }
-
-    /// The embedding of `item` is in place. `false`: no such sequence or item.
-    pub fn media_arrived(&mut self, sequence: SequenceId, item: u32) -> bool {
-        let Some(sequence) = self.sequence_mut(sequence) else { return false };
-        let spans = sequence.request.prompt.media.iter().zip(&mut sequence.media);
-        let mut found = false;
-        for (_, state) in spans.filter(|(span, _)| span.item == item) {
-            *state = MediaState::Arrived;
-            found = true;
-        }
-        found
     }
 
     /// Ends a sequence with `reason` (the client left, the deadline passed). Its blocks are free once no
@@ -225,8 +272,10 @@ impl Scheduler {
     pub fn remove(&mut self, sequence: SequenceId) -> bool {
         match self.places.remove(&sequence) {
             None => false,
-            Some(Place::Waiting(order)) => {
-                self.waiting.remove(&order);
+            Some(Place::Waiting) => {
+                let gone = self.queue.remove(sequence).expect("places says that it waits");
+                self.queue.tenants.close(gone.account);
+                self.end_asks(&gone);
                 true
             }
             Some(Place::Slot(slot)) => {
@@ -259,11 +308,22 @@ impl Scheduler {
         let requested = slots.filter(|slot| !self.at(**slot).request.use_reserve);
         Load {
             running: requested.count() as u32,
-            waiting: self.waiting.len() as u32,
+            waiting: self.queue.len() as u32,
             num_blocks: self.pool.num_blocks() as u32,
             num_free_blocks: self.pool.num_free() as u32,
-            num_preemptions: self.num_preemptions,
+            num_preemptions: self.counters.num_preemptions,
         }
+    }
+
+    /// What happened since construction.
+    pub fn counters(&self) -> Counters {
+        let num_evicted_blocks = self.counters.num_evicted_blocks + self.pool.num_evicted();
+        Counters { num_evicted_blocks, ..self.counters }
+    }
+
+    /// Whether a sequence waits or runs; one that ended does neither.
+    pub fn contains(&self, sequence: SequenceId) -> bool {
+        self.places.contains_key(&sequence)
     }
 
     /// Whether no sequence is known and no step in flight.
@@ -271,9 +331,9 @@ impl Scheduler {
         self.places.is_empty() && self.in_flight.is_empty() && self.leaving.is_empty()
     }
 
-    fn sequence_mut(&mut self, sequence: SequenceId) -> Option<&mut Sequence> {
+    pub(crate) fn sequence_mut(&mut self, sequence: SequenceId) -> Option<&mut Sequence> {
         match *self.places.get(&sequence)? {
-            Place::Waiting(order) => self.waiting.get_mut(&order),
+            Place::Waiting => self.queue.get_mut(sequence),
             Place::Slot(slot) => self.slots[slot.index()].as_mut(),
         }
     }
@@ -290,6 +350,7 @@ impl Scheduler {
     /// Moves a slot from `running` to `leaving`. What it holds stays until
     /// [`Scheduler::empty_left_slots`] finds that no step in flight names it.
     pub(crate) fn leave(&mut self, slot: SequenceSlot, stage: Stage) {
+        self.leave_frontier(slot);
         if std::mem::replace(&mut self.at_mut(slot).stage, stage) == Stage::Running {
             self.running.retain(|&running| running != slot);
             self.leaving.push(slot);
@@ -316,9 +377,11 @@ impl Scheduler {
             }
             if sequence.stage == Stage::Preempting {
                 sequence.forget_computed();
-                let order = sequence.order();
-                self.places.insert(sequence.id(), Place::Waiting(order));
-                self.waiting.insert(order, sequence);
+                self.places.insert(sequence.id(), Place::Waiting);
+                self.queue.push(sequence);
+            } else {
+                self.queue.tenants.close(sequence.account);
+                self.end_asks(&sequence);
             }
         }
     }

@@ -9,6 +9,7 @@ use tessera_types::{
 
 use crate::config::SchedulerConfig;
 use crate::error::AddError;
+use crate::tenants::AccountId;
 
 /// A sequence as it is handed to the scheduler.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,8 +36,9 @@ pub struct SequenceRequest {
     pub use_reserve: bool,
 }
 
-/// Order of admission, and reversed the order of preemption.
-pub(crate) type OrderKey = (Reverse<i32>, u64, SequenceId);
+/// Priority and seniority; reversed the order of preemption. A sequence keeps its place when it comes
+/// back, so it can only be preempted by those that were admitted before it, or go before it.
+pub(crate) type OrderKey = (Reverse<i32>, u64);
 
 /// What is known about the embedding of one media span.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +46,8 @@ pub(crate) enum MediaState {
     /// Nobody was asked for it: a prefix hit covers it, as far as is known.
     Covered,
     Needed,
+    /// Another sequence was asked for the same one, which has not arrived.
+    Deferred,
     Arrived,
 }
 
@@ -77,6 +81,12 @@ pub(crate) struct Sequence {
     pub last_step: StepId,
     /// Not admitted while set.
     pub held: bool,
+    /// Cannot be admitted until something happens to it.
+    pub parked: bool,
+    /// Its tenant's account.
+    pub account: AccountId,
+    /// Number of sequences admitted before it; set at its first admission.
+    pub seniority: Option<u64>,
     /// Leading prompt tokens whose log probability was reported or does not exist (the first has none).
     pub num_reported_logprobs: usize,
     /// Prompt tokens found in the prefix cache at the first admission.
@@ -122,6 +132,9 @@ impl Sequence {
             media: vec![MediaState::Covered; request.prompt.media.len()],
             last_step: StepId(0),
             held: false,
+            parked: false,
+            account: 0,
+            seniority: None,
             num_reported_logprobs: 1,
             num_cached_tokens: None,
             output_limit: max_tokens as usize,
@@ -134,7 +147,7 @@ impl Sequence {
     }
 
     pub fn order(&self) -> OrderKey {
-        (Reverse(self.request.priority), self.request.arrival, self.request.sequence)
+        (Reverse(self.request.priority), self.seniority.unwrap_or(u64::MAX))
     }
 
     /// Tokens whose ids are known: prompt and output.
@@ -168,19 +181,6 @@ impl Sequence {
         let missing = wanted && self.num_reported_logprobs < self.request.prompt.tokens.len();
         // The row of a token yields the distribution of the one after it.
         if missing { self.num_reported_logprobs - 1 } else { usize::MAX }
-    }
-
-    /// Items that `num_cached` tokens from the prefix cache do not cover and that nobody was asked for yet.
-    /// From now on they count as asked for.
-    pub fn take_needed_media(&mut self, num_cached: usize) -> Vec<u32> {
-        let mut items = Vec::new();
-        for (span, state) in self.request.prompt.media.iter().zip(&mut self.media) {
-            if *state == MediaState::Covered && span.end() as usize > num_cached {
-                *state = MediaState::Needed;
-                items.push(span.item);
-            }
-        }
-        items
     }
 
     /// First token from `num_computed` on that needs a missing embedding.

@@ -32,6 +32,7 @@ fn scheduler(pipeline_depth: u32) -> SchedulerConfig {
         block_size: 16,
         max_running: 4,
         max_waiting: 8,
+        max_waiting_per_tenant: 8,
         max_tokens_per_step: 33,
         max_model_len: 256,
         pipeline_depth,

@@ -26,6 +26,7 @@ fn config(pipeline_depth: u32) -> EngineConfig {
             block_size: 4,
             max_running: 4,
             max_waiting: 8,
+            max_waiting_per_tenant: 8,
             max_tokens_per_step: 8,
             max_model_len: 64,
             pipeline_depth,

@@ -43,6 +43,7 @@ fn limits() -> impl Strategy<Value = (SchedulerConfig, u32)> {
                 block_size,
                 max_running,
                 max_waiting: 8,
+                max_waiting_per_tenant: 6,
                 max_tokens_per_step: max_running + reserved_blocks + extra_budget,
                 max_model_len: 64,
                 pipeline_depth: 1,
@@ -102,7 +103,12 @@ fn run(config: SchedulerConfig, num_blocks: u32, operations: &[Operation]) -> Dr
                 let id = known.last().map_or(1, |last| last.0 + 1);
                 let request = new_request(&driver, operation, id).expect("an addition");
                 match driver.add(request) {
-                    Ok(()) | Err(AddError::QueueFull { .. } | AddError::NeverFits { .. }) => {}
+                    Ok(())
+                    | Err(
+                        AddError::QueueFull { .. }
+                        | AddError::TenantQueueFull { .. }
+                        | AddError::NeverFits { .. },
+                    ) => {}
                     Err(error) => panic!("{error}"),
                 }
             }

@@ -22,6 +22,7 @@ pub fn config() -> SchedulerConfig {
         block_size: 4,
         max_running: 4,
         max_waiting: 16,
+        max_waiting_per_tenant: 16,
         max_tokens_per_step: 8,
         max_model_len: 64,
         pipeline_depth: 1,
