@@ -13,6 +13,9 @@ use crate::split::TpSplit;
 use crate::tensors;
 use crate::weights::Weights;
 
+/// Rows of prompt that are scored at a time: their logits are as large as the vocabulary.
+const MAX_SCORED_ROWS: u32 = 256;
+
 /// One rank's share of the language model, loaded, with its activation slots planned.
 pub struct Decoder<B: Backend> {
     embed: B::Linear,
@@ -185,9 +188,42 @@ impl<B: Backend> Decoder<B> {
             b.row_parallel_add_norm(inner, &layer.down, residual, &layer.next_norm, x)?;
             b.layer_done();
         }
+        self.logits(b, x, GatherRows::Logits, rows)
+    }
+
+    /// Most rows that one [`Decoder::score`] takes.
+    pub fn max_scored_rows(&self) -> u32 {
+        self.slots.logits.max_rows.min(MAX_SCORED_ROWS)
+    }
+
+    /// Logits `[rows, V/tp]` f32 of the step's rows to be scored, from number `from` on. They take the place
+    /// of those that [`Decoder::forward`] gave, and may be had until the next step is uploaded.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn score(
+        &self,
+        b: &mut B,
+        tokens: u32,
+        from: u32,
+        rows: u32,
+    ) -> tessera_kernels::Result<Act> {
+        let last_layer = self.layer_input(b, self.layers.len());
+        let x = Act::of(&self.slots.hidden, tokens).of_kind(last_layer);
+        self.logits(b, x, GatherRows::Scores { from }, rows)
+    }
+
+    /// The head over some rows of the last layer's result `x`.
+    fn logits(
+        &self,
+        b: &mut B,
+        x: Act,
+        picked: GatherRows,
+        rows: u32,
+    ) -> tessera_kernels::Result<Act> {
         let last = Act::of(&self.slots.last, rows).of_kind(x.kind);
         let logits = Act::of(&self.slots.logits, rows);
-        b.gather_rows(x, GatherRows::Logits, last)?;
+        b.gather_rows(x, picked, last)?;
         b.linear(last, self.lm_head(), Epilogue::F32Out, logits)?;
         Ok(logits)
     }

@@ -84,6 +84,15 @@ fn f32_weights_meet_it_at_every_tensor_parallel_degree() {
 }
 
 #[test]
+fn yarn_meets_both_bounds() {
+    let fixture = Fixture::yarn();
+    for case in fixture.cases() {
+        assert_tight(&case, &run(&fixture, &case, CpuFormat::F32, 1), "YaRN");
+        assert_bf16(&case, &run(&fixture, &case, CpuFormat::Bf16, 2), "YaRN");
+    }
+}
+
+#[test]
 fn bf16_errs_no_more_than_the_reference_in_bf16() {
     for name in FIXTURES {
         let fixture = Fixture::open(name);

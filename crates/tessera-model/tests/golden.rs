@@ -62,9 +62,12 @@ fn assert_golden(case: &Case, generation: &Generation, what: &str) {
 
 /// Every case of a fixture at one rank, prompts in one chunk.
 fn assert_fixture(name: &str) {
-    let fixture = Fixture::open(name);
+    assert_cases(&Fixture::open(name));
+}
+
+fn assert_cases(fixture: &Fixture) {
     for case in fixture.cases() {
-        assert_golden(&case, &run(&fixture, &case, 1, WHOLE_PROMPT), "one rank");
+        assert_golden(&case, &run(fixture, &case, 1, WHOLE_PROMPT), "one rank");
     }
 }
 
@@ -86,6 +89,15 @@ fn real_heads_gives_the_golden_logits_and_tokens() {
 #[test]
 fn small_margin_gives_the_golden_logits_and_tokens() {
     assert_fixture("small-margin");
+}
+
+#[test]
+fn yarn_gives_the_golden_logits_and_tokens() {
+    // Prompts are longer than the original context of 32.
+    let fixture = Fixture::yarn();
+    assert_cases(&fixture);
+    let case = fixture.case("multi_turn");
+    assert_golden(&case, &run(&fixture, &case, 4, 33), "TP 4");
 }
 
 #[test]
@@ -131,16 +143,6 @@ fn small_margins_survive_tensor_parallelism() {
 }
 
 #[test]
-fn any_chunking_of_the_prompt_gives_the_same_bits() {
-    let fixture = Fixture::open("tiny");
-    let case = fixture.case("images");
-    let whole = run(&fixture, &case, 2, WHOLE_PROMPT);
-    for chunk in [1, 7, 33] {
-        assert_eq!(run(&fixture, &case, 2, chunk), whole, "chunks of {chunk}");
-    }
-}
-
-#[test]
 fn every_prompt_position_has_the_golden_logits() {
     for name in ["tiny", "tiny-nested", "real-heads", "small-margin"] {
         let fixture = Fixture::open(name);
@@ -172,21 +174,6 @@ fn visual_rows_equal_the_golden_ones() {
                 assert!(share <= ROW_TOLERANCE, "{place}: rows differ by {share} of their range");
             }
         }
-    }
-}
-
-#[test]
-fn an_item_has_the_same_rows_alone_and_packed() {
-    let fixture = Fixture::open("tiny");
-    let case = fixture.case("images");
-    let packed = encode(&fixture, &case);
-    let (mut backend, tower) = tower(&fixture);
-    for (item, grid) in case.grids().into_iter().enumerate() {
-        let pixel_values = case.tensor(&format!("pixel_values.{item}"));
-        let alone = [VisionItem { grid, pixel_values }];
-        let deadline = Instant::now() + Duration::from_secs(60);
-        let alone = tower.encode(&mut backend, &alone, deadline).unwrap();
-        assert_eq!(alone[0], packed[item], "item {item}");
     }
 }
 

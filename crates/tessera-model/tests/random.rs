@@ -81,7 +81,7 @@ fn a_value_depends_on_seed_name_and_place_in_the_whole_tensor() {
     let config = config();
     let read =
         |seed: u64, tensor: &str, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>| {
-            let mut weights = Weights::open(&WeightSource::Random { seed }, &config).unwrap();
+            let weights = Weights::open(&WeightSource::Random { seed }, &config).unwrap();
             let slice = TensorSlice { tensor, shape: &[64, 96], rows, cols };
             let mut out = vec![0.0; slice.len()];
             weights.read_f32(&slice, &mut out).unwrap();

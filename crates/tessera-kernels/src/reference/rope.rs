@@ -103,3 +103,42 @@ pub(crate) fn rotate(head: &mut [f32], angles: &[(f32, f32)]) {
         (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tables of `transformers`, made by `tests/golden/yarn.py`.
+    const TABLES: &str = include_str!("../../../../tests/fixtures/yarn.json");
+
+    #[test]
+    fn yarn_frequencies_and_scale_are_those_of_the_reference_implementation() {
+        let tables: Vec<serde_json::Value> = serde_json::from_str(TABLES).unwrap();
+        assert!(tables.len() >= 6);
+        for table in tables {
+            let number = |name: &str| table[name].as_f64();
+            let (factor, head_dim) =
+                (number("factor").unwrap(), number("head_dim").unwrap() as u32);
+            let yarn = YarnSpec {
+                factor,
+                original_context: number("original_max_position_embeddings").unwrap(),
+                attention_factor: number("attention_factor").unwrap_or(0.1 * factor.ln() + 1.0),
+                beta_fast: number("beta_fast").unwrap_or(32.0),
+                beta_slow: number("beta_slow").unwrap_or(1.0),
+            };
+            let sections = [head_dim / 2, 0, 0];
+            let theta = number("theta").unwrap();
+            let rope = DecoderRope::new(&RopeSpec { theta, sections, yarn: Some(yarn) }, head_dim);
+            let golden = table["inverse_frequencies"].as_array().unwrap();
+            assert_eq!(rope.frequencies.len(), golden.len());
+            for (k, (ours, golden)) in rope.frequencies.iter().zip(golden).enumerate() {
+                let golden = golden.as_f64().unwrap();
+                // The reference computes powers and blends in f32.
+                let error = (f64::from(*ours) - golden).abs() / golden;
+                assert!(error < 2e-6, "frequency {k} of {table}: {error}");
+            }
+            let (cos, sin) = rope.angles([0; 3])[0];
+            assert!((f64::from(cos) - number("scale").unwrap()).abs() < 1e-6 && sin == 0.0);
+        }
+    }
+}

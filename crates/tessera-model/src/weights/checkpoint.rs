@@ -196,10 +196,6 @@ impl Checkpoint {
         self.manifest.as_ref()
     }
 
-    pub(super) fn listing(&self) -> &Path {
-        &self.listing
-    }
-
     pub(super) fn entry(&self, name: &str) -> Result<&Entry, WeightError> {
         self.tensors.get(name).ok_or_else(|| WeightError::Missing {
             file: self.listing.clone(),

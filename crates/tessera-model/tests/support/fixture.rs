@@ -14,19 +14,32 @@ fn fixtures() -> PathBuf {
 
 /// One checkpoint directory.
 pub struct Fixture {
+    /// Configuration and golden cases.
     pub directory: PathBuf,
+    /// The directory with the weights.
+    weights: PathBuf,
     pub config: ModelConfig,
 }
 
 impl Fixture {
     pub fn open(name: &str) -> Self {
-        let directory = fixtures().join(name);
+        Self::with_weights_of(name, name)
+    }
+
+    /// The configuration and cases of `name` with the weights of another fixture.
+    pub fn with_weights_of(name: &str, weights: &str) -> Self {
+        let [directory, weights] = [name, weights].map(|name| fixtures().join(name));
         let config = ModelConfig::from_dir(&directory).unwrap();
-        Self { directory, config }
+        Self { directory, weights, config }
+    }
+
+    /// `tiny` with a stretched context.
+    pub fn yarn() -> Self {
+        Self::with_weights_of("tiny-yarn", "tiny")
     }
 
     pub fn source(&self) -> WeightSource {
-        WeightSource::Checkpoint(self.directory.clone())
+        WeightSource::Checkpoint(self.weights.clone())
     }
 
     /// All cases, in the order of their names.

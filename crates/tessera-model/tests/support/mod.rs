@@ -4,6 +4,7 @@
 pub mod checkpoint;
 pub mod fixture;
 pub mod generate;
+pub mod steps;
 
 /// Largest absolute difference.
 pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
