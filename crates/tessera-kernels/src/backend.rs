@@ -13,12 +13,12 @@
 use std::time::Instant;
 
 use tessera_collective::Communicator;
-use tessera_types::{LateInputs, NumericsId, SequenceSlot, TokenId};
+use tessera_types::{LateInputs, NumericsId, SequenceSlot};
 
 use crate::act::{Act, ActKind, DType, SlotSpec};
 use crate::error::Result;
 use crate::inputs::{
-    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, StepInputs, StepLimits,
+    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, ScoreRow, StepInputs, StepLimits,
     VisionInputs,
 };
 use crate::progress::Progress;
@@ -118,6 +118,10 @@ pub enum Segments {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GatherRows {
     Logits,
+    /// As many of [`StepInputs::score_rows`] as the result has rows, from this one on.
+    Scores {
+        from: u32,
+    },
     InverseWindow,
 }
 
@@ -238,8 +242,10 @@ pub trait Backend: Sized + 'static {
     /// The row is free again. Releasing a vacant row does nothing.
     fn sampler_release(&mut self, slot: SequenceSlot);
     /// Draws one token per row from logits `[R, V/tp]` f32: gather, −inf padding, edits, masks, filters,
-    /// draw, log probabilities; the token becomes the slot's last sampled token on all ranks.
+    /// draw, log probabilities; the token becomes the slot's last sampled token on all ranks. `rows` and
+    /// `late` are the same on all ranks.
     fn sample(&mut self, logits: Act, rows: &[SampleRow], late: &LateInputs) -> Result<()>;
-    /// Log probability of `targets[i]` under row i of logits `[rows ≤ 256, V/tp]`, gathered over ranks.
-    fn score_rows(&mut self, logits: Act, targets: &[TokenId]) -> Result<Vec<f32>>;
+    /// Log probabilities under the model's own distribution of what `rows` names, by row of logits
+    /// `[rows ≤ 256, V/tp]` f32, gathered over ranks. They come back with the step, on rank 0.
+    fn score_rows(&mut self, logits: Act, rows: &[ScoreRow]) -> Result<()>;
 }

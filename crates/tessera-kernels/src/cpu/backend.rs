@@ -12,7 +12,8 @@ use crate::act::{Act, ActKind, SlotSpec};
 use crate::backend::{Backend, Caps, Epilogue, GatherRows, GraphKey, HeadShape, KvSpec, Segments};
 use crate::error::{KernelError, Result};
 use crate::inputs::{
-    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, StepInputs, StepLimits,
+    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, ScoreRow, StepInputs,
+    StepLimits,
     VisionInputs,
 };
 use crate::progress::Progress;
@@ -253,8 +254,11 @@ impl Backend for CpuBackend {
 
     fn gather_rows(&mut self, x: Act, rows: GatherRows, y: Act) -> Result<()> {
         let wanted = match rows {
-            GatherRows::Logits => &self.inputs.logit_rows,
-            GatherRows::InverseWindow => &self.vision.inverse,
+            GatherRows::Logits => &self.inputs.logit_rows[..],
+            GatherRows::Scores { from } => {
+                validate::score_tile(&self.inputs, from, y.rows)?
+            }
+            GatherRows::InverseWindow => &self.vision.inverse[..],
         };
         expect("gather_rows", "rows", wanted.len(), y.rows as usize)?;
         expect("gather_rows", "columns", x.cols as usize, y.cols as usize)?;
@@ -289,15 +293,26 @@ impl Backend for CpuBackend {
     fn sample(&mut self, logits: Act, rows: &[SampleRow], late: &LateInputs) -> Result<()> {
         expect("sample", "logit rows", rows.len(), logits.rows as usize)?;
         let data = self.slots.get(logits)?;
-        let tokens = self.sampler.sample(&mut self.communicator, data, rows, late)?;
+        let pool = &self.compute.pool;
+        let for_rows = |rows: usize, body: &(dyn Fn(usize) + Sync)| {
+            pool.run(rows, &|_, row| body(row));
+        };
+        let communicator = &mut self.communicator;
+        let tokens = self.sampler.sample(communicator, data, rows, late, &for_rows)?;
         self.readback.tokens.extend(tokens);
         Ok(())
     }
 
-    fn score_rows(&mut self, logits: Act, targets: &[TokenId]) -> Result<Vec<f32>> {
-        expect("score_rows", "logit rows", targets.len(), logits.rows as usize)?;
+    fn score_rows(&mut self, logits: Act, rows: &[ScoreRow]) -> Result<()> {
+        expect("score_rows", "logit rows", rows.len(), logits.rows as usize)?;
         let data = self.slots.get(logits)?;
-        self.sampler.score(&mut self.communicator, data, targets)
+        let pool = &self.compute.pool;
+        let for_rows = |rows: usize, body: &(dyn Fn(usize) + Sync)| {
+            pool.run(rows, &|_, row| body(row));
+        };
+        let scores = self.sampler.score(&mut self.communicator, data, rows, &for_rows)?;
+        self.readback.scores.extend(scores);
+        Ok(())
     }
 }
 

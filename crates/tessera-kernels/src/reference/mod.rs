@@ -27,7 +27,8 @@ use crate::act::{Act, ActKind, DType, SlotSpec};
 use crate::backend::{Backend, Caps, Epilogue, GatherRows, GraphKey, HeadShape, KvSpec, Segments};
 use crate::error::{KernelError, Result};
 use crate::inputs::{
-    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, StepInputs, StepLimits,
+    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, ScoreRow, StepInputs,
+    StepLimits,
     TokenSource, VisionInputs,
 };
 use crate::progress::Progress;
@@ -133,11 +134,7 @@ impl Backend for ReferenceBackend {
         self.progress.clone()
     }
 
-    fn load_linear(
-        &mut self,
-        spec: &LinearSpec,
-        src: &dyn SliceReader,
-    ) -> Result<ReferenceLinear> {
+    fn load_linear(&mut self, spec: &LinearSpec, src: &dyn SliceReader) -> Result<ReferenceLinear> {
         ReferenceLinear::load(spec, src)
     }
 
@@ -362,8 +359,11 @@ impl Backend for ReferenceBackend {
 
     fn gather_rows(&mut self, x: Act, rows: GatherRows, y: Act) -> Result<()> {
         let picked = match rows {
-            GatherRows::Logits => &self.inputs.logit_rows,
-            GatherRows::InverseWindow => &self.vision.inverse,
+            GatherRows::Logits => &self.inputs.logit_rows[..],
+            GatherRows::Scores { from } => {
+                validate::score_tile(&self.inputs, from, y.rows)?
+            }
+            GatherRows::InverseWindow => &self.vision.inverse[..],
         };
         expect("gather_rows", "rows", picked.len(), y.rows as usize)?;
         expect("gather_rows", "columns", x.cols as usize, y.cols as usize)?;
@@ -402,14 +402,19 @@ impl Backend for ReferenceBackend {
     fn sample(&mut self, logits: Act, rows: &[SampleRow], late: &LateInputs) -> Result<()> {
         expect("sample", "logit rows", rows.len(), logits.rows as usize)?;
         let data = self.slots.get(logits)?;
-        let tokens = self.sampler.sample(&mut self.communicator, data, rows, late)?;
+        let for_rows = |rows: usize, body: &(dyn Fn(usize) + Sync)| (0..rows).for_each(body);
+        let communicator = &mut self.communicator;
+        let tokens = self.sampler.sample(communicator, data, rows, late, &for_rows)?;
         self.readback.tokens.extend(tokens);
         Ok(())
     }
 
-    fn score_rows(&mut self, logits: Act, targets: &[TokenId]) -> Result<Vec<f32>> {
-        expect("score_rows", "logit rows", targets.len(), logits.rows as usize)?;
+    fn score_rows(&mut self, logits: Act, rows: &[ScoreRow]) -> Result<()> {
+        expect("score_rows", "logit rows", rows.len(), logits.rows as usize)?;
         let data = self.slots.get(logits)?;
-        self.sampler.score(&mut self.communicator, data, targets)
+        let for_rows = |rows: usize, body: &(dyn Fn(usize) + Sync)| (0..rows).for_each(body);
+        let scores = self.sampler.score(&mut self.communicator, data, rows, &for_rows)?;
+        self.readback.scores.extend(scores);
+        Ok(())
     }
 }

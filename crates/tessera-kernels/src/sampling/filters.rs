@@ -9,15 +9,21 @@ use super::math::{exp, ln, max, sum_exp};
 /// Candidates ranked at first when only `top_p` limits them; nuclei are mostly smaller.
 const FIRST_RANKED: usize = 256;
 
-/// Bars every token that the mask does not allow.
-pub fn apply_mask(logits: &mut [f32], mask: &TokenMask) {
-    for (i, group) in logits.chunks_mut(u64::BITS as usize).enumerate() {
-        let word = mask.words.get(i).copied().unwrap_or(0);
-        if word == u64::MAX {
+/// Bars every token that the mask does not allow, of the tokens from `first_token` on.
+pub fn apply_mask(logits: &mut [f32], first_token: TokenId, mask: &TokenMask) {
+    const BITS: usize = u64::BITS as usize;
+    let mut rest = logits;
+    let mut token = first_token as usize;
+    while !rest.is_empty() {
+        let (word, bit) = (token / BITS, token % BITS);
+        let (group, others) = rest.split_at_mut((BITS - bit).min(rest.len()));
+        (rest, token) = (others, token + group.len());
+        let allowed = mask.words.get(word).copied().unwrap_or(0);
+        if allowed == u64::MAX {
             continue;
         }
-        for (bit, logit) in group.iter_mut().enumerate() {
-            if word >> bit & 1 == 0 {
+        for (bit, logit) in (bit..).zip(group) {
+            if allowed >> bit & 1 == 0 {
                 *logit = f32::NEG_INFINITY;
             }
         }

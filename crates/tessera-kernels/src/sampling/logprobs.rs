@@ -29,6 +29,14 @@ pub fn logprob(row: &[f32], token: TokenId) -> f32 {
     LogNormalizer::of(row).logprob(row[token as usize])
 }
 
+/// Log probabilities of `token` and of the `num_top` most likely tokens under `row` `[vocabulary]`.
+pub fn token_logprobs(row: &[f32], token: TokenId, num_top: usize) -> TokenLogprobs {
+    let normalizer = LogNormalizer::of(row);
+    let mut top = likeliest(row, num_top);
+    top.iter_mut().for_each(|(_, value)| *value = normalizer.logprob(*value));
+    TokenLogprobs { logprob: normalizer.logprob(row[token as usize]), top }
+}
+
 /// What must be kept of a row before it is edited.
 pub(super) struct RawLogprobs {
     row: Vec<f32>,

@@ -21,8 +21,9 @@ pub mod logprobs;
 pub mod math;
 pub mod state;
 
-use tessera_types::{TokenId, TokenLogprobs, TokenMask};
+use tessera_types::{SamplingParams, TokenId, TokenLogprobs, TokenMask};
 
+pub use draw::Candidate;
 pub use state::SamplerState;
 
 /// What a row gave.
@@ -56,14 +57,18 @@ pub fn process_row(
 ) -> Result<Draw, DrawError> {
     let vocab_len = vocab_len.min(logits.len());
     let logits = &mut logits[..vocab_len];
-    refuse_invalid(logits)?;
+    if is_separable(state.params()) {
+        let best = shard_candidate(logits, 0, state, mask, output_index)?;
+        let token = best.ok_or(DrawError::NothingAllowed)?.token;
+        return Ok(Draw { token, logprobs: None });
+    }
+    refuse_invalid(logits, 0)?;
     let params = state.params();
     let raw = params.logprobs.map(|top| logprobs::RawLogprobs::of(logits, top as usize));
-
     if let Some(mask) = mask {
-        filters::apply_mask(logits, mask);
+        filters::apply_mask(logits, 0, mask);
     }
-    state.edit(logits, output_index);
+    state.edit(logits, 0, output_index);
     let greedy = draw::argmax(logits).ok_or(DrawError::NothingAllowed)?;
     let token = if params.is_greedy() {
         greedy
@@ -78,15 +83,50 @@ pub fn process_row(
     Ok(Draw { token, logprobs: raw.map(|raw| raw.of_token(token)) })
 }
 
+/// Whether a token's chance to win depends on its own logit alone, so that parts of the vocabulary may be
+/// searched apart: no log probabilities, and no filter that looks at the whole row.
+pub fn is_separable(params: &SamplingParams) -> bool {
+    let is_filtered = params.min_p > 0.0 || params.top_k > 0 || params.top_p < 1.0;
+    params.logprobs.is_none() && (params.is_greedy() || !is_filtered)
+}
+
+/// The winner among the tokens from `first_token` on, of a row that [`is_separable`]; `None` when none of
+/// them is allowed. The winner of the row is that of the shards' winners which [`Candidate::beats`] all others.
+/// `logits` are overwritten.
+pub fn shard_candidate(
+    logits: &mut [f32],
+    first_token: TokenId,
+    state: &SamplerState,
+    mask: Option<&TokenMask>,
+    output_index: u32,
+) -> Result<Option<Candidate>, DrawError> {
+    refuse_invalid(logits, first_token)?;
+    if let Some(mask) = mask {
+        filters::apply_mask(logits, first_token, mask);
+    }
+    state.edit(logits, first_token, output_index);
+    let params = state.params();
+    if params.is_greedy() {
+        let best = draw::argmax(logits);
+        return Ok(best.map(|at| Candidate {
+            token: first_token + at,
+            score: f64::from(logits[at as usize]),
+        }));
+    }
+    filters::apply_temperature(logits, params.temperature);
+    let key = draw::DrawKey { seed: state.seed(), output_index };
+    Ok(draw::gumbel_argmax(logits, first_token, key))
+}
+
 /// NaN and +∞ come from broken weights or a half-reduced buffer; they must not become a plausible token.
-fn refuse_invalid(logits: &[f32]) -> Result<(), DrawError> {
+fn refuse_invalid(logits: &[f32], first_token: TokenId) -> Result<(), DrawError> {
     // One pass that vectorises; the position is looked for only when there is something to report.
     let is_valid = |value: f32| value < f32::INFINITY;
     if logits.iter().fold(true, |all, &value| all & is_valid(value)) {
         return Ok(());
     }
     let at = logits.iter().position(|&value| !is_valid(value)).expect("one was seen");
-    Err(DrawError::InvalidLogit { token: at as TokenId, value: logits[at] })
+    Err(DrawError::InvalidLogit { token: first_token + at as TokenId, value: logits[at] })
 }
 
 #[cfg(test)]

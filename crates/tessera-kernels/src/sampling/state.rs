@@ -56,18 +56,18 @@ impl SamplerState {
         }
     }
 
-    /// Logit bias, penalties and `min_tokens`, in this order, on `logits` `[vocabulary]`. Ids outside of
-    /// it are passed over.
-    pub fn edit(&self, logits: &mut [f32], output_index: u32) {
+    /// Logit bias, penalties and `min_tokens`, in this order, on the logits of the tokens from `first_token`
+    /// on. Ids outside of them are passed over.
+    pub fn edit(&self, logits: &mut [f32], first_token: TokenId, output_index: u32) {
         for &(token, bias) in &self.params.logit_bias {
-            if let Some(logit) = logits.get_mut(token as usize) {
+            if let Some(logit) = logit_of(logits, first_token, token) {
                 *logit += bias;
             }
         }
-        self.penalize(logits);
+        self.penalize(logits, first_token);
         if output_index < self.params.min_tokens {
             for &token in &self.ending_tokens {
-                if let Some(logit) = logits.get_mut(token as usize) {
+                if let Some(logit) = logit_of(logits, first_token, token) {
                     *logit = f32::NEG_INFINITY;
                 }
             }
@@ -76,11 +76,11 @@ impl SamplerState {
 
     /// The repetition penalty (Keskar et al. 2019, as in transformers) counts prompt and output, image
     /// placeholders included; presence and frequency (OpenAI) count the output alone.
-    fn penalize(&self, logits: &mut [f32]) {
+    fn penalize(&self, logits: &mut [f32], first_token: TokenId) {
         let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } =
             self.params;
         for &(token, count) in &self.seen {
-            let Some(logit) = logits.get_mut(token as usize) else { continue };
+            let Some(logit) = logit_of(logits, first_token, token) else { continue };
             let repeated = match *logit > 0.0 {
                 true => *logit / repetition_penalty,
                 false => *logit * repetition_penalty,
@@ -89,4 +89,9 @@ impl SamplerState {
             *logit = repeated - frequency_penalty * count as f32 - presence;
         }
     }
+}
+
+/// The logit of `token` among those from `first_token` on.
+fn logit_of(logits: &mut [f32], first_token: TokenId, token: TokenId) -> Option<&mut f32> {
+    logits.get_mut(token.checked_sub(first_token)? as usize)
 }

@@ -164,7 +164,7 @@ fn penalties_count_prompt_and_output_as_each_should() {
     let mut state = state(&params, &[1, 3, 1, 999], &[2, 3]);
     state.record(2);
     let mut logits = [4.0, 4.0, 4.0, -4.0];
-    state.edit(&mut logits, 3);
+    state.edit(&mut logits, 0, 3);
     assert_eq!(logits, [4.0, 2.0, 2.0 - 1.0 - 0.25, -8.0 - 0.5 - 0.25]);
 
     // A sequence that takes a slot again, with its output given at once, has the same state.
@@ -180,7 +180,7 @@ fn bias_precedes_penalties() {
         p.logit_bias = vec![(0, 3.0), (50, 1.0)];
     });
     let mut logits = [-1.0, 0.0];
-    state(&params, &[0], &[]).edit(&mut logits, 0);
+    state(&params, &[0], &[]).edit(&mut logits, 0, 0);
     assert_eq!(logits, [1.0, 0.0], "the sign that the penalty sees is that after the bias");
 }
 
@@ -326,4 +326,39 @@ fn filtered_tokens_are_never_drawn() {
     assert!(drawn.len() > 5, "{drawn:?}");
     let tiny = sampled(|p| p.top_p = 1e-9);
     assert_eq!(draw(&logits, &tiny, 0).unwrap().token as usize, order[0]);
+}
+
+#[test]
+fn the_best_of_any_shards_is_the_draw_of_the_whole_row() {
+    let len = 300;
+    let mask = TokenMask { words: [!0x10, u64::MAX, 0xF0F0, 0, u64::MAX].into() };
+    for temperature in [0.0, 0.8] {
+        let params = sampled(|p| {
+            (p.temperature, p.min_tokens, p.repetition_penalty) = (temperature, 9, 1.3);
+            p.logit_bias = vec![(3, 2.0), (140, 1.5), (290, 1.0)];
+        });
+        assert!(is_separable(&params));
+        for salt in 0..40 {
+            let logits = row(len, 12.0, Some(0.5), salt);
+            let state = state(&params, &[2, 130, 131, 299], &[140]);
+            let shard = |first: usize, end: usize| {
+                let mut logits = logits[first..end].to_vec();
+                shard_candidate(&mut logits, first as TokenId, &state, Some(&mask), 5).unwrap()
+            };
+            let whole = process_row(&mut logits.clone(), &state, Some(&mask), 5, len).unwrap();
+            for cut in [0, 1, 64, 100, 137, 299, 300] {
+                let shards = [shard(cut, len), shard(0, cut)].into_iter().flatten();
+                let best = shards.reduce(|a, b| if a.beats(&b) { a } else { b }).unwrap();
+                assert_eq!(best.token, whole.token, "cut at {cut}");
+                assert!(mask.allows(best.token));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_invalid_logit_is_named_by_its_token_in_the_whole_row() {
+    let state = state(&SamplingParams::default(), &[0], &[]);
+    let found = shard_candidate(&mut [0.0, f32::INFINITY], 500, &state, None, 0);
+    assert_eq!(found, Err(DrawError::InvalidLogit { token: 501, value: f32::INFINITY }));
 }

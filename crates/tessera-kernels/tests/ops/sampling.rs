@@ -2,10 +2,10 @@
 //! the ranks must agree, and padding must never win.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tessera_kernels::{
-    Backend, KernelError, SampleRow, SamplerSequence, StepInputs, StepLimits, TokenSource,
+    Backend, KernelError, SampleRow, SamplerSequence, ScoreRow, StepInputs, StepLimits, TokenSource,
 };
 use tessera_types::{LateInputs, SamplingParams, SequenceId, SequenceSlot, TokenMask};
 
@@ -86,13 +86,15 @@ fn params(edit: impl FnOnce(&mut SamplingParams)) -> SamplingParams {
 }
 
 fn every_split_draws_the_same_tokens<B: TestBackend>() {
-    let logits: Vec<f32> = Noise::new(40).values(5 * VOCAB).iter().map(|x| x * 4.0).collect();
+    let logits: Vec<f32> = Noise::new(40).values(7 * VOCAB).iter().map(|x| x * 4.0).collect();
     let params = [
         params(|p| p.logprobs = Some(2)),
         params(|p| p.temperature = 1.0),
         params(|p| (p.temperature, p.top_p) = (0.7, 0.8)),
         params(|p| (p.temperature, p.top_k) = (1.5, 7)),
         params(|p| (p.temperature, p.min_p) = (1.0, 0.1)),
+        params(|p| p.logit_bias = vec![(70, 2.5)]),
+        params(|p| (p.temperature, p.repetition_penalty) = (1.3, 1.5)),
     ];
     let one = sample::<B>(1, &logits, &params, &LateInputs::default());
     let real = &logits[..REAL];
@@ -167,21 +169,30 @@ fn a_sampled_token_is_the_next_input_on_all_ranks<B: TestBackend>() {
 
 fn scores_are_log_probabilities<B: TestBackend>() {
     let logits: Vec<f32> = Noise::new(42).values(3 * VOCAB).iter().map(|x| x * 6.0).collect();
-    let targets = [0, 50, 82];
+    let rows = [(0, 0), (50, 2), (82, 5)].map(|(target, num_top)| ScoreRow { target, num_top });
     let scores = on_ranks(4, |communicator| {
         let mut b = planned::<B>(limits());
         let local = shard(&logits, communicator.rank().index(), 4);
         b.set_communicator(Some(communicator)).unwrap();
         let act = act(0, 3, local.len() / 3);
         set(&mut b, act, &local);
-        b.score_rows(act, &targets).unwrap()
+        b.score_rows(act, &rows).unwrap();
+        let ticket = b.submit().unwrap();
+        b.wait(ticket, Instant::now() + Duration::from_secs(60)).unwrap().scores
     });
-    for (row, (logits, target)) in logits.chunks_exact(VOCAB).zip(targets).enumerate() {
-        let sum: f64 = logits[..REAL].iter().map(|logit| f64::from(*logit).exp()).sum();
-        let expected = f64::from(logits[target as usize]) - sum.ln();
-        for rank in &scores {
-            assert!((f64::from(rank[row]) - expected).abs() < 1e-5, "row {row}");
-        }
+    assert!(scores[1..].iter().all(Vec::is_empty), "rank 0 tells for all");
+    for ((logits, row), score) in logits.chunks_exact(VOCAB).zip(rows).zip(&scores[0]) {
+        let real = &logits[..REAL];
+        let sum: f64 = real.iter().map(|logit| f64::from(*logit).exp()).sum();
+        let close = |logprob: f32, token: u32| {
+            (f64::from(logprob) - (f64::from(real[token as usize]) - sum.ln())).abs() < 1e-5
+        };
+        assert!(close(score.logprob, row.target));
+        let mut likeliest: Vec<u32> = (0..REAL as u32).collect();
+        likeliest.sort_by(|a, b| real[*b as usize].total_cmp(&real[*a as usize]));
+        let top: Vec<u32> = score.top.iter().map(|(token, _)| *token).collect();
+        assert_eq!(top, likeliest[..row.num_top as usize]);
+        assert!(score.top.iter().all(|&(token, logprob)| close(logprob, token)));
     }
 }
 
