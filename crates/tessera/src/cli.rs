@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use figment::value::Value;
 
+use crate::bench::{BenchArgs, bench};
 use crate::error::{Error, Result};
 use crate::generate::{GenerateArgs, generate};
 use crate::roles;
@@ -32,6 +33,8 @@ enum Command {
     Decoder(DecoderArgs),
     /// Ask one question and stream the answer to the terminal.
     Generate(GenerateArgs),
+    /// Measure the engine of this machine, or a server.
+    Bench(BenchArgs),
     /// Print all settings with their values, as a file that --config reads.
     Config(CommonArgs),
 }
@@ -152,6 +155,7 @@ impl Cli {
                 roles::decoder(args.common.settings(args.flags())?, &args.common)
             }
             Command::Generate(args) => roles::block_on(async move { generate(&args).await })?,
+            Command::Bench(args) => bench(&args),
             Command::Config(common) => {
                 print!("{}", common.settings(Vec::new())?.to_toml()?);
                 Ok(())

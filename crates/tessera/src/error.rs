@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// Result of a command.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a command failed. Printed with its causes by [`chain`]; the exit code is 2 for what the caller
 /// got wrong and 1 for the rest.
@@ -21,6 +21,14 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    #[error("cannot write {}", path.display())]
+    WriteFile {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the benchmark failed")]
+    Bench(#[from] crate::bench::error::BenchError),
     #[error("cannot write the answer")]
     Output(#[source] std::io::Error),
     #[error("cannot reach {endpoint}")]

@@ -2,9 +2,10 @@
 //! files; services are handed checked settings.
 //!
 //! Modules: [`cli`] (flags), [`settings`] (defaults < file < environment < flags), [`roles`] (run one
-//! role), [`up`] (a whole cluster on this machine), [`generate`] (ask a question), [`signals`],
-//! [`error`].
+//! role), [`up`] (a whole cluster on this machine), [`generate`] (ask a question), [`bench`] (how
+//! fast it is), [`signals`], [`error`].
 
+mod bench;
 mod cli;
 mod error;
 mod generate;
