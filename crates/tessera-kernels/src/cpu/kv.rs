@@ -2,24 +2,25 @@
 
 use tessera_types::{BlockCopy, BlockId};
 
-use super::gemm::PANEL;
+use super::attention::{check_dim, packed_tile, value_cols};
 use super::memory::Buffer;
-use super::word::{CpuFormat, Pairs, Singles, Word};
+use super::products::{GROUP, MAX_HEAD_WORDS, TileRef};
+use super::word::{CpuFormat, Pairs, Singles, Word, place_row};
 use crate::backend::KvSpec;
 use crate::error::{KernelError, Result};
 
-/// Positions of one tile of keys and values, aligned to absolute multiples.
-pub(super) const TILE: usize = 128;
-
-/// Keys (rotated) and values of every layer. A block holds, per head, keys `[words][block_size]`, so that a
-/// tile of keys is a right operand after plain copies, and values `[block_size][words]`.
+/// Keys (rotated) and values of every layer. A block holds, per head, keys `[words][block_size]` and values
+/// `[block_size / PER_WORD][value columns]`, a word the values of successive positions: right operands as they
+/// lie, where blocks are whole groups of positions.
 #[derive(Debug)]
 pub struct CpuKv {
     spec: KvSpec,
     format: CpuFormat,
     num_blocks: usize,
-    /// Words of one head's key or value.
+    /// Words of one head's key.
     words: usize,
+    /// Words of one head in a block: keys, values.
+    head_words: (usize, usize),
     layers: Vec<LayerKv>,
 }
 
@@ -31,15 +32,27 @@ struct LayerKv {
 
 impl CpuKv {
     pub(super) fn new(spec: &KvSpec, format: CpuFormat, num_blocks: u32) -> Result<Self> {
-        let words = match format {
-            CpuFormat::Bf16 => (spec.head_dim as usize).div_ceil(2),
-            CpuFormat::F32 => spec.head_dim as usize,
+        let (dim, block_size) = (spec.head_dim as usize, spec.block_size as usize);
+        let per_word = match format {
+            CpuFormat::Bf16 => {
+                check_dim::<Pairs>(dim)?;
+                Pairs::PER_WORD
+            }
+            CpuFormat::F32 => {
+                check_dim::<Singles>(dim)?;
+                Singles::PER_WORD
+            }
         };
-        let num_blocks = num_blocks as usize;
-        let len = num_blocks * spec.block_size as usize * spec.num_kv_heads as usize * words;
-        let layer = || Ok(LayerKv { keys: Buffer::zeroed(len)?, values: Buffer::zeroed(len)? });
+        let words = dim.div_ceil(per_word);
+        let head_words = (words * block_size, block_size.div_ceil(per_word) * value_cols(dim));
+        let heads = num_blocks as usize * spec.num_kv_heads as usize;
+        let layer = || {
+            let keys = Buffer::zeroed(heads * head_words.0)?;
+            Ok(LayerKv { keys, values: Buffer::zeroed(heads * head_words.1)? })
+        };
         let layers = (0..spec.num_layers).map(|_| layer()).collect::<Result<_>>()?;
-        Ok(Self { spec: *spec, format, num_blocks, words, layers })
+        let num_blocks = num_blocks as usize;
+        Ok(Self { spec: *spec, format, num_blocks, words, head_words, layers })
     }
 
     pub(super) fn spec(&self) -> &KvSpec {
@@ -52,15 +65,6 @@ impl CpuKv {
 
     fn block_size(&self) -> usize {
         self.spec.block_size as usize
-    }
-
-    /// Words of keys, or of values, in one block of one layer.
-    fn block_words(&self) -> usize {
-        self.spec.num_kv_heads as usize * self.head_words()
-    }
-
-    fn head_words(&self) -> usize {
-        self.block_size() * self.words
     }
 
     pub(super) fn layer_index(&self, layer: u32) -> Result<usize> {
@@ -100,17 +104,17 @@ impl CpuKv {
             KernelError::Input { field: "slot_mapping", reason }
         })?;
         let (block, offset) = (at / block_size, at % block_size);
-        let (block, head_words) = (block * self.block_words(), self.head_words());
         let LayerKv { keys, values } = &mut self.layers[layer];
         let heads = key.chunks_exact(dim).zip(value.chunks_exact(dim));
         for (head, (key, value)) in heads.enumerate() {
-            let head = block + head * head_words;
-            // The row of values serves as the place where the key is packed first.
-            let row = &mut values[head + offset * words..][..words];
-            W::pack(key, row);
-            let column = keys[head + offset..][..head_words - offset].iter_mut();
-            column.step_by(block_size).zip(&*row).for_each(|(to, word)| *to = *word);
-            W::pack(value, row);
+            let head = block * self.spec.num_kv_heads as usize + head;
+            let mut packed = [0; MAX_HEAD_WORDS];
+            W::pack(key, &mut packed[..words]);
+            let keys = &mut keys[head * self.head_words.0..][..self.head_words.0];
+            let column = keys[offset..].iter_mut().step_by(block_size);
+            column.zip(packed).for_each(|(to, word)| *to = word);
+            let row = head * self.head_words.1 + offset / W::PER_WORD * value_cols(dim);
+            place_row::<W>(value, offset % W::PER_WORD, &mut values[row..row + dim]);
         }
         Ok(())
     }
@@ -128,10 +132,42 @@ impl CpuKv {
         Err(KernelError::Input { field: "block_tables", reason })
     }
 
-    /// Collects positions `first..first + count` of one head as right operands: keys
-    /// `[TILE/32][words][32]`, values `[panels of head_dim][TILE/PER_WORD][32]`. Places beyond `count` keep
-    /// what they held, but for the second half of a last pair of values, which is zero.
+    /// Whether tiles can be read as they lie in the blocks.
+    pub(super) fn has_whole_groups(&self) -> bool {
+        self.block_size().is_multiple_of(GROUP)
+    }
+
+    /// Positions `first..first + count` of one head as they lie; for a cache of whole groups.
     #[inline(always)]
+    pub(super) fn tile<W: Word>(
+        &self,
+        from: &HeadBlocks<'_>,
+        first: usize,
+        count: usize,
+    ) -> TileRef {
+        let layer = &self.layers[from.layer];
+        let (block_size, value_cols) = (self.block_size(), value_cols(self.spec.head_dim as usize));
+        let group = |group: usize| {
+            // Groups beyond the count are not read.
+            let position = first + group.min((count - 1) / GROUP) * GROUP;
+            (self.head(from, position), position % block_size)
+        };
+        TileRef {
+            keys: std::array::from_fn(|index| {
+                let (head, offset) = group(index);
+                layer.keys[head * self.head_words.0..][offset..self.head_words.0].as_ptr()
+            }),
+            key_stride: block_size,
+            values: std::array::from_fn(|index| {
+                let (head, offset) = group(index);
+                let row = offset / W::PER_WORD * value_cols;
+                layer.values[head * self.head_words.1..][row..self.head_words.1].as_ptr()
+            }),
+            value_stride: value_cols,
+        }
+    }
+
+    /// Copies positions `first..first + count` of one head into a packed tile; for any size of blocks.
     pub(super) fn gather_tile<W: Word>(
         &self,
         from: &HeadBlocks<'_>,
@@ -139,48 +175,39 @@ impl CpuKv {
         count: usize,
         keys: &mut [u32],
         values: &mut [u32],
-    ) {
+    ) -> TileRef {
         let layer = &self.layers[from.layer];
-        let (block_size, words) = (self.block_size(), self.words);
-        let head = |position: usize| {
-            let block = from.block_table[position / block_size] as usize;
-            block * self.block_words() + from.head * self.head_words()
-        };
-        let mut at = 0;
-        while at < count {
-            let (position, lane) = (first + at, at % PANEL);
-            let offset = position % block_size;
-            let run = (block_size - offset).min(PANEL - lane).min(count - at);
-            let block = &layer.keys[head(position)..][..self.head_words()];
-            let panel = &mut keys[at / PANEL * words * PANEL..][..words * PANEL];
-            let rows = panel.chunks_exact_mut(PANEL).zip(block.chunks_exact(block_size));
-            match run {
-                // The usual block: a run is one cache line.
-                16 => rows.for_each(|(to, from)| {
-                    to[lane..lane + 16].copy_from_slice(&from[offset..offset + 16]);
-                }),
-                run => rows.for_each(|(to, from)| {
-                    to[lane..lane + run].copy_from_slice(&from[offset..offset + run]);
-                }),
+        let (block_size, dim) = (self.block_size(), self.spec.head_dim as usize);
+        let value_cols = value_cols(dim);
+        for at in 0..count {
+            let (head, offset) = (self.head(from, first + at), (first + at) % block_size);
+            let column = layer.keys[head * self.head_words.0 + offset..].iter();
+            let group = &mut keys[at / GROUP * self.words * GROUP..][..self.words * GROUP];
+            let places = group[at % GROUP..].iter_mut().step_by(GROUP);
+            places.zip(column.step_by(block_size)).for_each(|(to, word)| *to = *word);
+            let row = head * self.head_words.1 + offset / W::PER_WORD * value_cols;
+            let to = &mut values[at / W::PER_WORD * value_cols..][..dim];
+            for (to, word) in to.iter_mut().zip(&layer.values[row..row + dim]) {
+                W::place(W::pick(*word, offset % W::PER_WORD), at % W::PER_WORD, to);
             }
-            at += run;
         }
-        let row = |at: usize| {
-            let start = head(first + at) + (first + at) % block_size * words;
-            &layer.values[start..start + words]
-        };
-        for (pair, at) in (0..count).step_by(W::PER_WORD).enumerate() {
-            let second = (at + 1 < count && W::PER_WORD == 2).then(|| row(at + 1));
-            value_row::<W>(row(at), second, pair, values);
-        }
+        packed_tile::<W>(keys, values, dim)
+    }
+
+    /// Index of the head of the block that holds a position.
+    #[inline(always)]
+    fn head(&self, from: &HeadBlocks<'_>, position: usize) -> usize {
+        let block = from.block_table[position / self.block_size()] as usize;
+        block * self.spec.num_kv_heads as usize + from.head
     }
 
     pub(super) fn zero(&mut self, blocks: &[BlockId]) -> Result<()> {
         for block in blocks {
-            let range = self.block_range("zero_blocks", *block)?;
+            let index = self.block_index("zero_blocks", *block)?;
+            let [keys, values] = self.block_words();
             for layer in &mut self.layers {
-                layer.keys[range.clone()].fill(0);
-                layer.values[range.clone()].fill(0);
+                layer.keys[index * keys..][..keys].fill(0);
+                layer.values[index * values..][..values].fill(0);
             }
         }
         Ok(())
@@ -188,24 +215,29 @@ impl CpuKv {
 
     pub(super) fn copy(&mut self, copies: &[BlockCopy]) -> Result<()> {
         for copy in copies {
-            let from = self.block_range("block_copies", copy.from)?;
-            let to = self.block_range("block_copies", copy.to)?.start;
+            let from = self.block_index("block_copies", copy.from)?;
+            let to = self.block_index("block_copies", copy.to)?;
+            let [keys, values] = self.block_words();
             for layer in &mut self.layers {
-                layer.keys.copy_within(from.clone(), to);
-                layer.values.copy_within(from.clone(), to);
+                layer.keys.copy_within(from * keys..(from + 1) * keys, to * keys);
+                layer.values.copy_within(from * values..(from + 1) * values, to * values);
             }
         }
         Ok(())
     }
 
-    fn block_range(&self, field: &'static str, block: BlockId) -> Result<std::ops::Range<usize>> {
-        if block.index() >= self.num_blocks {
-            let reason =
-                format!("block {block} lies outside of a cache of {} blocks", self.num_blocks);
-            return Err(KernelError::Input { field, reason });
+    /// Words of keys and of values in one block of one layer.
+    fn block_words(&self) -> [usize; 2] {
+        let (keys, values) = self.head_words;
+        [keys, values].map(|words| words * self.spec.num_kv_heads as usize)
+    }
+
+    fn block_index(&self, field: &'static str, block: BlockId) -> Result<usize> {
+        if block.index() < self.num_blocks {
+            return Ok(block.index());
         }
-        let len = self.block_words();
-        Ok(block.index() * len..(block.index() + 1) * len)
+        let reason = format!("block {block} lies outside of a cache of {} blocks", self.num_blocks);
+        Err(KernelError::Input { field, reason })
     }
 }
 
@@ -215,20 +247,4 @@ pub(super) struct HeadBlocks<'a> {
     pub(super) layer: usize,
     pub(super) head: usize,
     pub(super) block_table: &'a [u32],
-}
-
-/// Puts one row of words along K (one value row, or two) into the tile's panels of values.
-#[inline(always)]
-pub(super) fn value_row<W: Word>(
-    first: &[u32],
-    second: Option<&[u32]>,
-    row: usize,
-    tile: &mut [u32],
-) {
-    let (panel_words, step) = (TILE / W::PER_WORD * PANEL, PANEL / W::PER_WORD);
-    for (panel, words) in first.chunks(step).enumerate() {
-        let second = second.map(|second| &second[panel * step..][..words.len()]);
-        let to = &mut tile[panel * panel_words + row * PANEL..][..PANEL];
-        W::interleave(words, second, &mut to[..words.len() * W::PER_WORD]);
-    }
 }

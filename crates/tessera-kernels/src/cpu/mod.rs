@@ -14,8 +14,8 @@
 //! Bits depend on the format, the instruction set ([`Path`]) and the number of ranks, and never on threads,
 //! batch, chunks or block ids: `gemm` and `attention` say how.
 //!
-//! Modules: `backend` (the operations), `gemm` (the product), `linear`, `pack` (loading), `paged`, `segments` and
-//! `attention`, `kv`, `norm`, `rope`; under them `isa` (instruction sets), `word` (formats), `pool` (threads),
+//! Modules: `backend` (the operations), `gemm` (the product), `linear`, `pack` (loading), `paged`, `segments`,
+//! `attention`, `softmax` and `products`, `kv`, `norm`, `rope`; under them `isa` (instruction sets), `word` (formats), `pool` (threads),
 //! `memory`, `scratch` and `compute`; [`CpuLimits`] measures the machine.
 
 mod attention;
@@ -31,9 +31,11 @@ mod norm;
 mod pack;
 mod paged;
 mod pool;
+mod products;
 mod rope;
 mod scratch;
 mod segments;
+mod softmax;
 mod word;
 
 use tessera_collective::Communicator;

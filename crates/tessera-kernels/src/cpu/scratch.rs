@@ -16,7 +16,7 @@ pub(super) struct Scratch {
 /// Arrays of one unit of attention: a few query rows of one head against all keys.
 #[derive(Debug)]
 pub(super) struct AttentionScratch {
-    /// Queries and probabilities packed as left operands, and a tile of keys and values as right ones.
+    /// Rows of queries and of probabilities, and tiles of keys and values that were collected or packed.
     pub(super) queries: Buffer<u32>,
     pub(super) probabilities: Buffer<u32>,
     pub(super) keys: Buffer<u32>,
@@ -27,9 +27,13 @@ pub(super) struct AttentionScratch {
     pub(super) total: Buffer<f32>,
 }
 
-/// One [`Scratch`] per thread of the pool.
+/// One [`Scratch`] per thread of the pool, and what the threads of one job share.
 #[derive(Debug)]
-pub(super) struct Workspace(Vec<Mutex<Scratch>>);
+pub(super) struct Workspace {
+    threads: Vec<Mutex<Scratch>>,
+    /// Results of chunks of attention that are merged when all are there.
+    partials: Mutex<Buffer<f32>>,
+}
 
 impl Workspace {
     pub(super) fn new(threads: usize) -> Result<Self> {
@@ -47,16 +51,22 @@ impl Workspace {
                 },
             }))
         };
-        Ok(Self((0..threads).map(|_| scratch()).collect::<Result<_>>()?))
+        let threads = (0..threads).map(|_| scratch()).collect::<Result<_>>()?;
+        Ok(Self { threads, partials: Mutex::new(Buffer::zeroed(0)?) })
     }
 
     /// The arrays of one thread; nobody else asks for them during a job.
     pub(super) fn of(&self, thread: usize) -> MutexGuard<'_, Scratch> {
-        self.0[thread].lock().unwrap_or_else(PoisonError::into_inner)
+        self.threads[thread].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The shared array, for the thread that starts a job.
+    pub(super) fn partials(&self) -> MutexGuard<'_, Buffer<f32>> {
+        self.partials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Prepares the arrays of every thread, between jobs.
     pub(super) fn reserve(&self, grow: impl Fn(&mut Scratch) -> Result<()>) -> Result<()> {
-        (0..self.0.len()).try_for_each(|thread| grow(&mut self.of(thread)))
+        (0..self.threads.len()).try_for_each(|thread| grow(&mut self.of(thread)))
     }
 }

@@ -35,9 +35,16 @@ pub(super) trait Word: 'static {
     fn pack(row: &[f32], out: &mut [u32]);
     /// Spreads words into values, as many as `out` holds.
     fn unpack(words: impl Iterator<Item = u32>, out: &mut [f32]);
-    /// Two rows of packed words `[len / PER_WORD]` as rows of a right operand: words that pair along the
-    /// rows, `[PER_WORD rows → 1, len]`. `second` is read by formats that hold two values in a word.
-    fn interleave(first: &[u32], second: Option<&[u32]>, out: &mut [u32]);
+    /// Rounds one value into place `part` < PER_WORD of a word; place 0 clears the others.
+    fn place(value: f32, part: usize, word: &mut u32);
+    /// The value at place `part` of a word.
+    fn pick(word: u32, part: usize) -> f32;
+    /// Rounds 2 · LANES values to words, as [`Isa::narrow_pairs`] does.
+    ///
+    /// # Safety
+    /// That of [`Isa`], for as many values and words.
+    #[allow(unsafe_code)]
+    unsafe fn narrow<I: Isa>(from: *const f32, to: *mut u32);
     /// # Safety
     /// That of [`Isa`].
     #[allow(unsafe_code)]
@@ -52,10 +59,32 @@ pub(super) struct Singles;
 
 /// Bits of `value` rounded to BF16, to nearest even; NaN stays NaN.
 #[inline(always)]
-fn bf16_bits(value: f32) -> u32 {
+pub(super) fn bf16_bits(value: f32) -> u32 {
     let bits = value.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     if value.is_nan() { (bits >> 16) | 0x40 } else { rounded }
+}
+
+/// Rounds a row of values to words, the last filled up with 0.
+///
+/// # Safety
+/// That of [`Isa`].
+#[allow(unsafe_code)]
+#[inline(always)]
+pub(super) unsafe fn narrow_row<I: Isa, W: Word>(values: &[f32], words: &mut [u32]) {
+    let whole = values.len() / (2 * I::LANES) * (2 * I::LANES);
+    assert!(words.len() >= values.len().div_ceil(W::PER_WORD));
+    for at in (0..whole).step_by(2 * I::LANES) {
+        // SAFETY: the assertion covers the words, the loop's bounds the values.
+        unsafe { W::narrow::<I>(values[at..].as_ptr(), words[at / W::PER_WORD..].as_mut_ptr()) };
+    }
+    W::pack(&values[whole..], &mut words[whole / W::PER_WORD..]);
+}
+
+/// Puts a row into place `part` of as many words, as [`Word::place`] does.
+#[inline(always)]
+pub(super) fn place_row<W: Word>(values: &[f32], part: usize, words: &mut [u32]) {
+    words.iter_mut().zip(values).for_each(|(word, value)| W::place(*value, part, word));
 }
 
 impl Word for Pairs {
@@ -103,20 +132,23 @@ impl Word for Pairs {
     }
 
     #[inline(always)]
-    fn interleave(first: &[u32], second: Option<&[u32]>, out: &mut [u32]) {
-        let (out, _) = out.as_chunks_mut::<2>();
-        match second {
-            Some(second) => {
-                for ((out, a), b) in out.iter_mut().zip(first).zip(second) {
-                    *out = [a & 0xffff | b << 16, a >> 16 | b & 0xffff_0000];
-                }
-            }
-            None => {
-                for (out, a) in out.iter_mut().zip(first) {
-                    *out = [a & 0xffff, a >> 16];
-                }
-            }
-        }
+    fn place(value: f32, part: usize, word: &mut u32) {
+        *word = match part {
+            0 => bf16_bits(value),
+            _ => *word & 0xffff | bf16_bits(value) << 16,
+        };
+    }
+
+    #[inline(always)]
+    fn pick(word: u32, part: usize) -> f32 {
+        f32::from_bits(if part == 0 { word << 16 } else { word & 0xffff_0000 })
+    }
+
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    unsafe fn narrow<I: Isa>(from: *const f32, to: *mut u32) {
+        // SAFETY: the caller's promise.
+        unsafe { I::narrow_pairs(from, to) }
     }
 
     #[allow(unsafe_code)]
@@ -155,8 +187,20 @@ impl Word for Singles {
     }
 
     #[inline(always)]
-    fn interleave(first: &[u32], _second: Option<&[u32]>, out: &mut [u32]) {
-        out[..first.len()].copy_from_slice(first);
+    fn place(value: f32, _part: usize, word: &mut u32) {
+        *word = value.to_bits();
+    }
+
+    #[inline(always)]
+    fn pick(word: u32, _part: usize) -> f32 {
+        f32::from_bits(word)
+    }
+
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    unsafe fn narrow<I: Isa>(from: *const f32, to: *mut u32) {
+        // SAFETY: the caller's promise: 2 · LANES values and words, which have the same bits.
+        unsafe { std::ptr::copy_nonoverlapping(from.cast::<u32>(), to, 2 * I::LANES) }
     }
 
     #[allow(unsafe_code)]

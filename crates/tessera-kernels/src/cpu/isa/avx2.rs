@@ -69,6 +69,42 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn splat(value: f32) -> __m256 {
+        _mm256_set1_ps(value)
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        _mm256_add_ps(a, b)
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        _mm256_mul_ps(a, b)
+    }
+
+    #[inline(always)]
+    unsafe fn max(a: __m256, b: __m256) -> __m256 {
+        _mm256_max_ps(a, b)
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: __m256, b: __m256, c: __m256) -> __m256 {
+        _mm256_fmadd_ps(a, b, c)
+    }
+
+    #[inline(always)]
+    unsafe fn add_exponent(value: __m256, steps: __m256) -> __m256 {
+        let steps = _mm256_slli_epi32::<23>(_mm256_castps_si256(steps));
+        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), steps))
+    }
+
+    #[inline(always)]
+    unsafe fn keep_above(value: __m256, x: __m256, limit: __m256) -> __m256 {
+        _mm256_and_ps(value, _mm256_cmp_ps::<_CMP_GT_OQ>(x, limit))
+    }
+
+    #[inline(always)]
     fn prefetch(at: *const u32) {
         // SAFETY: a prefetch of any address is harmless.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }

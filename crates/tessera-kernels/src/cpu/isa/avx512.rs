@@ -36,9 +36,9 @@ pub(super) unsafe fn enter<T: Task>(task: T) {
 pub(in crate::cpu) struct Avx512Bf16;
 pub(in crate::cpu) struct Avx512;
 
-/// What the two paths share: all but the product of pairs.
+/// What the two paths share: all but the product of pairs and how they are made.
 macro_rules! isa_512 {
-    ($isa:ty, $mac_pairs:item) => {
+    ($isa:ty, $mac_pairs:item $(, $narrow_pairs:item)?) => {
         // SAFETY of each function: by the trait's contract the caller has the instructions on and the
         // pointers are valid.
         #[allow(unsafe_code, unsafe_op_in_unsafe_fn)]
@@ -83,6 +83,44 @@ macro_rules! isa_512 {
             }
 
             #[inline(always)]
+            unsafe fn splat(value: f32) -> __m512 {
+                _mm512_set1_ps(value)
+            }
+
+            #[inline(always)]
+            unsafe fn add(a: __m512, b: __m512) -> __m512 {
+                _mm512_add_ps(a, b)
+            }
+
+            #[inline(always)]
+            unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+                _mm512_mul_ps(a, b)
+            }
+
+            #[inline(always)]
+            unsafe fn max(a: __m512, b: __m512) -> __m512 {
+                _mm512_max_ps(a, b)
+            }
+
+            #[inline(always)]
+            unsafe fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 {
+                _mm512_fmadd_ps(a, b, c)
+            }
+
+            #[inline(always)]
+            unsafe fn add_exponent(value: __m512, steps: __m512) -> __m512 {
+                let steps = _mm512_slli_epi32::<23>(_mm512_castps_si512(steps));
+                _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), steps))
+            }
+
+            #[inline(always)]
+            unsafe fn keep_above(value: __m512, x: __m512, limit: __m512) -> __m512 {
+                _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, limit), value)
+            }
+
+            $($narrow_pairs)?
+
+            #[inline(always)]
             fn prefetch(at: *const u32) {
                 // SAFETY: a prefetch of any address is harmless.
                 unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
@@ -96,6 +134,12 @@ isa_512!(
     unsafe fn mac_pairs(acc: __m512, a: __m512i, b: __m512i) -> __m512 {
         let pairs = |words| std::mem::transmute::<__m512i, __m512bh>(words);
         _mm512_dpbf16_ps(acc, pairs(a), pairs(b))
+    },
+    #[inline(always)]
+    unsafe fn narrow_pairs(from: *const f32, to: *mut u32) {
+        let (low, high) = (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16)));
+        let pairs = _mm512_cvtne2ps_pbh(high, low);
+        _mm512_storeu_si512(to.cast(), std::mem::transmute::<__m512bh, __m512i>(pairs));
     }
 );
 

@@ -10,6 +10,8 @@ mod avx2;
 mod avx512;
 mod portable;
 
+use super::word::bf16_bits;
+
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Path {
@@ -132,6 +134,30 @@ pub(super) trait Isa: 'static {
     unsafe fn mac_pairs(acc: Self::Floats, a: Self::Words, b: Self::Words) -> Self::Floats;
     /// acc + a · b, of f32 words.
     unsafe fn mac_singles(acc: Self::Floats, a: Self::Words, b: Self::Words) -> Self::Floats;
+    unsafe fn splat(value: f32) -> Self::Floats;
+    unsafe fn add(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// The larger of each pair; b where one of them is NaN.
+    unsafe fn max(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// a · b + c, rounded once where the path has fused multiply-add.
+    unsafe fn mul_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    /// value with the low bits of `steps` added to its exponent.
+    unsafe fn add_exponent(value: Self::Floats, steps: Self::Floats) -> Self::Floats;
+    /// value where x > limit, else 0.
+    unsafe fn keep_above(value: Self::Floats, x: Self::Floats, limit: Self::Floats)
+    -> Self::Floats;
     /// Asks for the cache line at any address, which need not be valid.
     fn prefetch(at: *const u32);
+    /// Rounds 2 · LANES values to as many BF16 pairs as [`super::word::Pairs`] does; a path may take subnormal
+    /// values for 0.
+    #[inline(always)]
+    unsafe fn narrow_pairs(from: *const f32, to: *mut u32) {
+        for pair in 0..Self::LANES {
+            // SAFETY: the caller's promise: valid for 2 · LANES values and LANES words.
+            unsafe {
+                let [low, high] = from.add(2 * pair).cast::<[f32; 2]>().read_unaligned();
+                to.add(pair).write_unaligned(bf16_bits(low) | bf16_bits(high) << 16);
+            }
+        }
+    }
 }

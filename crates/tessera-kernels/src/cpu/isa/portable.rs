@@ -20,6 +20,15 @@ fn zip(
     out
 }
 
+#[inline(always)]
+fn map2(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    let mut out = a;
+    for lane in 0..LANES {
+        out[lane] = f(a[lane], b[lane]);
+    }
+    out
+}
+
 #[allow(unsafe_code)]
 impl Isa for Portable {
     const LANES: usize = LANES;
@@ -65,6 +74,51 @@ impl Isa for Portable {
     #[inline(always)]
     unsafe fn mac_singles(acc: [f32; LANES], a: [u32; LANES], b: [u32; LANES]) -> [f32; LANES] {
         zip(acc, a, b, |acc, a, b| acc + f32::from_bits(a) * f32::from_bits(b))
+    }
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> [f32; LANES] {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        map2(a, b, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        map2(a, b, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    unsafe fn max(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        map2(a, b, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
+        map2(map2(a, b, |a, b| a * b), c, |product, c| product + c)
+    }
+
+    #[inline(always)]
+    unsafe fn add_exponent(value: [f32; LANES], steps: [f32; LANES]) -> [f32; LANES] {
+        map2(value, steps, |value, steps| {
+            f32::from_bits(value.to_bits().wrapping_add(steps.to_bits() << 23))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn keep_above(
+        value: [f32; LANES],
+        x: [f32; LANES],
+        limit: [f32; LANES],
+    ) -> [f32; LANES] {
+        let mut out = [0.0; LANES];
+        for lane in 0..LANES {
+            out[lane] = if x[lane] > limit[lane] { value[lane] } else { 0.0 };
+        }
+        out
     }
 
     #[inline(always)]
