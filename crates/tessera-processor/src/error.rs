@@ -81,6 +81,12 @@ pub enum ProcessorError {
     MaxPixels { max_pixels: u64, limit: u64 },
     #[error("the chat template of this model has no place for tools{}", if *with_media { " beside media" } else { "" })]
     ToolsUnsupported { with_media: bool },
+    #[error("the vocabulary of this model has no tokens for tool calls")]
+    NoToolTags,
+    #[error("tool_choice {detail}")]
+    ToolChoice { detail: String },
+    #[error("{field} cannot be combined with output that is held to a grammar")]
+    GrammarConflict { field: &'static str },
     #[error("the chat template refuses these messages: {reason}")]
     TemplateRefused { reason: String },
     #[error("the chat template failed on these messages")]
@@ -140,7 +146,9 @@ impl ProcessorError {
             Self::Fps { .. } => "fps",
             Self::PixelBounds { .. } => "min_pixels",
             Self::MaxPixels { .. } => "max_pixels",
-            Self::ToolsUnsupported { .. } => "tools",
+            Self::ToolsUnsupported { .. } | Self::NoToolTags => "tools",
+            Self::ToolChoice { .. } => "tool_choice",
+            Self::GrammarConflict { field } => field,
             Self::OutputTooLong { .. } => "max_tokens",
             Self::Sampling(source) => source.field(),
             Self::UnknownToken { field, .. } => field,
@@ -163,7 +171,9 @@ impl ProcessorError {
             Self::Fps { .. } | Self::PixelBounds { .. } | Self::MaxPixels { .. } => {
                 "BAD_MEDIA_OPTION"
             }
-            Self::ToolsUnsupported { .. } => "TOOLS_UNSUPPORTED",
+            Self::ToolsUnsupported { .. } | Self::NoToolTags => "TOOLS_UNSUPPORTED",
+            Self::ToolChoice { .. } => "BAD_TOOL_CHOICE",
+            Self::GrammarConflict { .. } => "GRAMMAR_CONFLICT",
             Self::TemplateRefused { .. } | Self::Template { .. } => "TEMPLATE_FAILED",
             Self::PrivateUseExhausted | Self::Tokenize { .. } => "BAD_TEXT",
             Self::PromptTooLong { .. } => "PROMPT_TOO_LONG",

@@ -15,7 +15,8 @@
 //! files say), [`chat`] (messages), [`template`] (rendering, with [`python`] for Jinja's dialect and
 //! [`standin`] to tell client text from template text), [`tokenizer`], [`describe`] (sizes and token
 //! counts before anything is encoded), [`prompt`] (expansion and positions), [`keys`], [`sampling`],
-//! [`detokenizer`], [`stop`], [`grounding`], [`error`].
+//! [`detokenizer`], [`stop`], [`tools`] (their choice and grammar), [`tool_calls`] (read from a reply),
+//! [`grounding`], [`error`].
 
 pub mod chat;
 mod checkpoint_file;
@@ -33,6 +34,8 @@ mod standin;
 pub mod stop;
 pub mod template;
 pub mod tokenizer;
+pub mod tool_calls;
+pub mod tools;
 
 pub use chat::{ChatPrompt, Content, ContentPart, Message, Role, ToolCall};
 pub use config::{ProcessorConfig, SpecialTokenIds};
@@ -45,3 +48,5 @@ pub use processor::Processor;
 pub use sampling::{GenerationDefaults, SamplingOverrides};
 pub use stop::{StopMatcher, StopProgress};
 pub use tokenizer::Tokenizer;
+pub use tool_calls::{ToolCallReader, ToolEvent};
+pub use tools::{ToolChoice, ToolTags, ToolUse, tool_grammar};

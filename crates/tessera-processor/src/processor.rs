@@ -15,6 +15,7 @@ use crate::prompt::{expand, tokenize};
 use crate::sampling::SamplingOverrides;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
+use crate::tools::ToolTags;
 
 /// Text and media side of one checkpoint. Shared by reference between requests.
 pub struct Processor {
@@ -55,6 +56,11 @@ impl Processor {
     /// Tokens that end a reply unless the request ignores them.
     pub fn eos_token_ids(&self) -> &[TokenId] {
         &self.config.generation.eos_token_ids
+    }
+
+    /// The tokens around tool calls; none if the vocabulary has none.
+    pub fn tool_tags(&self) -> Option<ToolTags> {
+        ToolTags::of(&self.tokenizer)
     }
 
     /// The rendered conversation as text, for logs and tests.

@@ -102,8 +102,8 @@ impl SamplingOverrides {
     /// The parameters for a prompt of `prompt_tokens` in a context of `context` tokens.
     ///
     /// # Errors
-    /// Values out of range, token ids outside the vocabulary, a prompt that leaves no room, and
-    /// `max_tokens` beyond the room.
+    /// Values out of range, token ids outside the vocabulary, a prompt that leaves no room, `max_tokens`
+    /// beyond the room, and a grammar beside what would move the end of the output.
     pub fn resolve(
         &self,
         defaults: &GenerationDefaults,
@@ -121,6 +121,15 @@ impl SamplingOverrides {
         if params.max_tokens > room {
             let max_tokens = params.max_tokens;
             return Err(ProcessorError::OutputTooLong { prompt_tokens, max_tokens, context });
+        }
+        if params.grammar.is_some() {
+            // The end of the output is the grammar's to decide.
+            if params.ignore_eos {
+                return Err(ProcessorError::GrammarConflict { field: "ignore_eos" });
+            }
+            if params.min_tokens > 0 {
+                return Err(ProcessorError::GrammarConflict { field: "min_tokens" });
+            }
         }
         let outside = |&token: &TokenId| token >= vocab_size;
         let biased = params.logit_bias.iter().map(|(token, _)| token);
@@ -247,6 +256,7 @@ mod tests {
     #[test]
     fn limits_are_refused_by_field() {
         let base = SamplingOverrides::default;
+        let grammar = |regex: &str| Some(Grammar::Regex(regex.to_owned()));
         let cases = [
             ("max_tokens", SamplingOverrides { max_tokens: Some(0), ..base() }),
             ("max_tokens", SamplingOverrides { max_tokens: Some(91), ..base() }),
@@ -254,6 +264,15 @@ mod tests {
             ("logit_bias", SamplingOverrides { logit_bias: vec![(50, 1.0)], ..base() }),
             ("stop_token_ids", SamplingOverrides { stop_token_ids: vec![50], ..base() }),
             ("min_tokens", SamplingOverrides { min_tokens: Some(91), ..base() }),
+            ("grammar", SamplingOverrides { grammar: grammar(""), ..base() }),
+            (
+                "ignore_eos",
+                SamplingOverrides { ignore_eos: Some(true), grammar: grammar("a"), ..base() },
+            ),
+            (
+                "min_tokens",
+                SamplingOverrides { min_tokens: Some(1), grammar: grammar("a"), ..base() },
+            ),
         ];
         for (field, overrides) in cases {
             let error = overrides.resolve(&published(), 10, 100, 50).expect_err(field);

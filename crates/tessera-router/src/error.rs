@@ -174,7 +174,9 @@ fn reason_of(error: &ProcessorError) -> ErrorReason {
             ErrorReason::PromptTooLong
         }
         ProcessorError::Media { .. } | ProcessorError::Frame { .. } => ErrorReason::InvalidMedia,
-        ProcessorError::ToolsUnsupported { .. } => ErrorReason::Unsupported,
+        ProcessorError::ToolsUnsupported { .. } | ProcessorError::NoToolTags => {
+            ErrorReason::Unsupported
+        }
         _ => ErrorReason::InvalidArgument,
     }
 }

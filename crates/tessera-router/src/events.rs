@@ -52,9 +52,19 @@ pub struct MediaInfo {
 /// One thing that happened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// Comes before all deltas, in pieces.
+    PromptLogprobs(PromptLogprobs),
     Delta(Delta),
     Finish(ChoiceFinish),
     Completion(Completion),
+}
+
+/// Log probabilities of prompt tokens, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptLogprobs {
+    /// Prompt token of the first entry; the first token of a prompt has none.
+    pub first_token: u32,
+    pub tokens: Vec<TokenLogprobs>,
 }
 
 /// More of one choice. Text and tokens need not correspond: text waits for whole characters and for the
@@ -66,6 +76,37 @@ pub struct Delta {
     pub text: String,
     /// Empty unless token ids or log probabilities were asked for.
     pub tokens: Vec<OutputToken>,
+    /// Text never follows a call.
+    pub tool_calls: Vec<ToolCallDelta>,
+}
+
+/// More of one tool call.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ToolCallDelta {
+    /// Counts the calls of a choice from 0.
+    pub index: u32,
+    /// Of a call that begins here.
+    pub start: Option<ToolCallStart>,
+    /// Appended to those that came before.
+    pub arguments: String,
+}
+
+/// What is known of a call at its beginning.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ToolCallStart {
+    /// Drawn by the router.
+    pub id: String,
+    pub name: String,
+}
+
+/// Adds a delta to others, as part of the last one if it goes on with that.
+pub fn push_call(calls: &mut Vec<ToolCallDelta>, delta: ToolCallDelta) {
+    match calls.last_mut() {
+        Some(last) if last.index == delta.index && delta.start.is_none() => {
+            last.arguments.push_str(&delta.arguments);
+        }
+        _ => calls.push(delta),
+    }
 }
 
 /// A token that counts.

@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use tessera_media::{media_id, probe};
-use tessera_processor::{MediaDescription, ProcessorError, VisionIdentity};
+use tessera_processor::{
+    ChatPrompt, MediaDescription, ProcessorError, SamplingOverrides, ToolCallReader, ToolChoice,
+    VisionIdentity, tool_grammar,
+};
 use tessera_types::{Prompt, SamplingParams};
 use tokio::time::Instant;
 
@@ -22,6 +25,10 @@ pub struct Prepared {
     pub prompt: Arc<Prompt>,
     pub sampling: Arc<SamplingParams>,
     pub media: Vec<PreparedMedia>,
+    /// Where the grammar of `sampling` came from in the request, for errors.
+    pub grammar_field: String,
+    /// For each choice, if replies may hold tool calls.
+    pub tool_reader: Option<ToolCallReader>,
 }
 
 /// A media item, described, with its compressed bytes.
@@ -102,8 +109,11 @@ pub(crate) fn prepare(
     let processor = model.processor();
     let config = processor.config();
     let context = config.max_context_len.min(identity.max_model_len);
+    let tools = Tools::of(request, model)?;
     let resolve = |prompt_tokens| {
-        request.sampling.resolve(&config.generation, prompt_tokens, context, config.vocab_size)
+        let (defaults, vocab_size) = (&config.generation, config.vocab_size);
+        let resolved = tools.sampling.resolve(defaults, prompt_tokens, context, vocab_size);
+        resolved.map_err(|error| named(error, &tools.grammar_field))
     };
     // What is wrong whatever the prompt is found before anything is hashed.
     resolve(0)?;
@@ -115,9 +125,56 @@ pub(crate) fn prepare(
         weights: identity.model.vision_fingerprint,
         numerics: identity.model.vision_numerics,
     };
-    let prompt = processor.prompt(&request.chat, &descriptions, &vision)?;
-    let sampling = resolve(prompt.tokens.len() as u32)?;
-    Ok(Prepared { prompt: Arc::new(prompt), sampling: Arc::new(sampling), media })
+    let prompt = match processor.prompt(&request.chat, &descriptions, &vision) {
+        // Tools that may not be used need no place in the template.
+        Err(ProcessorError::ToolsUnsupported { .. })
+            if request.tool_use.choice == ToolChoice::None =>
+        {
+            let chat = ChatPrompt { tools: Vec::new(), ..request.chat.clone() };
+            processor.prompt(&chat, &descriptions, &vision)?
+        }
+        prompt => prompt?,
+    };
+    let sampling = Arc::new(resolve(prompt.tokens.len() as u32)?);
+    let Tools { grammar_field, reader: tool_reader, .. } = tools;
+    Ok(Prepared { prompt: Arc::new(prompt), sampling, media, grammar_field, tool_reader })
+}
+
+/// What a request's tools come to.
+struct Tools {
+    /// The request's, with the grammar that tools and answer make together.
+    sampling: SamplingOverrides,
+    grammar_field: String,
+    reader: Option<ToolCallReader>,
+}
+
+impl Tools {
+    fn of(request: &ChatRequest, model: &ServedModel) -> Result<Self, RequestError> {
+        let (tools, tool_use) = (&request.chat.tools, &request.tool_use);
+        let tags = model.processor().tool_tags();
+        let mut sampling = request.sampling.clone();
+        let grammar_field = match &sampling.grammar {
+            Some(answer) => {
+                // Its bounds are the client's business, those of what it becomes part of are not.
+                answer.validate().map_err(|error| named(error.into(), &request.grammar_field))?;
+                request.grammar_field.clone()
+            }
+            None => "tools".to_owned(),
+        };
+        sampling.grammar = tool_grammar(tools, tool_use, sampling.grammar.as_ref(), tags)?;
+        let is_used = !tools.is_empty() && tool_use.choice != ToolChoice::None;
+        let reader =
+            tags.filter(|_| is_used).map(|tags| ToolCallReader::new(tags, tool_use.is_parallel()));
+        Ok(Self { sampling, grammar_field, reader })
+    }
+}
+
+/// Gives an error about the grammar the name of the field that it stands in.
+fn named(error: ProcessorError, grammar_field: &str) -> RequestError {
+    match error.param() {
+        "grammar" => RequestError::invalid(grammar_field, error.to_string()),
+        _ => error.into(),
+    }
 }
 
 fn describe(

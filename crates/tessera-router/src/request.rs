@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use tessera_processor::{ChatPrompt, Content, ContentPart, Message, SamplingOverrides};
-use tessera_types::MediaId;
+use tessera_processor::{ChatPrompt, Content, ContentPart, Message, SamplingOverrides, ToolUse};
+use tessera_types::{MediaId, TenantId};
 use tokio::time::Instant;
 
 use crate::config::LimitsConfig;
@@ -13,6 +13,45 @@ use crate::error::RequestError;
 
 /// Longest request id that a client may choose, in bytes.
 const MAX_REQUEST_ID_BYTES: usize = 128;
+
+/// Header and metadata key that name the tenant.
+pub const TENANT_HEADER: &str = "x-tenant-id";
+/// Longest name of a tenant in bytes.
+const MAX_TENANT_BYTES: usize = 128;
+/// Largest priority, and the least one's amount.
+const MAX_PRIORITY: i32 = 1000;
+
+/// The tenant of this name, as decoders know it: the first 64 bits of the name's BLAKE3 hash. Absent or
+/// empty: everyone without one.
+///
+/// # Errors
+/// A name that is too long or holds anything but visible ASCII.
+pub fn tenant_id(name: Option<&[u8]>) -> Result<TenantId, RequestError> {
+    let Some(name) = name.filter(|name| !name.is_empty()) else {
+        return Ok(TenantId::default());
+    };
+    if name.len() > MAX_TENANT_BYTES || !name.iter().all(u8::is_ascii_graphic) {
+        let detail = format!("must be 1 to {MAX_TENANT_BYTES} visible ASCII characters");
+        return Err(RequestError::invalid(TENANT_HEADER, detail));
+    }
+    let hash = blake3::hash(name);
+    let (first, _) = hash.as_bytes().split_first_chunk().expect("a hash has 32 bytes");
+    // 0 means no tenant.
+    Ok(TenantId(u64::from_le_bytes(*first).max(1)))
+}
+
+/// Bounds `priority`.
+///
+/// # Errors
+/// [`RequestError::Invalid`] naming `priority`.
+pub fn check_priority(priority: i64) -> Result<i32, RequestError> {
+    let bounded =
+        i32::try_from(priority).ok().filter(|p| (-MAX_PRIORITY..=MAX_PRIORITY).contains(p));
+    bounded.ok_or_else(|| {
+        let detail = format!("must be a whole number in [-{MAX_PRIORITY}, {MAX_PRIORITY}]");
+        RequestError::invalid("priority", detail)
+    })
+}
 
 /// `given` if it is fit for logs and headers, else a new random id.
 pub fn request_id(given: &str) -> String {
@@ -37,6 +76,12 @@ pub struct ChatRequest {
     /// Images and videos in order of appearance.
     pub media: Vec<MediaPart>,
     pub sampling: SamplingOverrides,
+    /// Where the client put `sampling.grammar`, for errors.
+    pub grammar_field: String,
+    pub tool_use: ToolUse,
+    /// As in vLLM, lower goes first.
+    pub priority: i32,
+    pub tenant: TenantId,
     /// Absent: drawn at admission.
     pub seed: Option<u64>,
     /// Number of choices, at least 1.
@@ -145,6 +190,26 @@ pub fn check_tool(tool: serde_json::Value, field: &str) -> Result<serde_json::Va
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tenants_are_told_apart_by_name_and_bounded() {
+        let id = |name: &str| tenant_id(Some(name.as_bytes()));
+        assert_eq!(tenant_id(None).ok(), Some(TenantId(0)));
+        assert_eq!(id("").ok(), Some(TenantId(0)));
+        let [a, b] = ["a", "b"].map(|name| id(name).expect("a name"));
+        assert!(a != b && a != TenantId(0) && id("a").ok() == Some(a));
+        for name in ["a b", "é", "a\n", &"x".repeat(MAX_TENANT_BYTES + 1)] {
+            assert_eq!(id(name).expect_err(name).field(), Some(TENANT_HEADER));
+        }
+    }
+
+    #[test]
+    fn priorities_are_bounded() {
+        assert_eq!(check_priority(-1000).ok(), Some(-1000));
+        for priority in [-1001, 1001, i64::MIN, i64::MAX, i64::from(i32::MIN)] {
+            assert_eq!(check_priority(priority).expect_err("too large").field(), Some("priority"));
+        }
+    }
 
     #[test]
     fn only_plain_request_ids_are_taken_over() {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tessera_processor::StopMatcher;
-use tessera_types::TokenId;
+use tessera_types::{TenantId, TokenId};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -168,6 +168,8 @@ impl Service {
             seed: request.seed.unwrap_or_else(random_seed),
             return_token_ids: request.return_token_ids,
             timeout: self.timeout(request.timeout),
+            priority: request.priority,
+            tenant: request.tenant,
         };
         let identity = inner.upstream.identity().map_err(|detail| self.not_ready(detail))?;
         let (prepared, identity) = self.prepare(request, identity, &mut held).await?;
@@ -184,6 +186,8 @@ impl Service {
                 num_choices: job.num_choices,
                 stop,
                 stop_strings: job.stop,
+                priority: job.priority,
+                tenant: job.tenant,
                 seed: job.seed,
                 arrival,
                 deadline: arrival + job.timeout,
@@ -304,6 +308,8 @@ struct JobOptions {
     seed: u64,
     return_token_ids: bool,
     timeout: Duration,
+    priority: i32,
+    tenant: TenantId,
 }
 
 /// Half of a random UUID: 62 random bits and a few fixed ones, mixed by the seed function later.

@@ -11,16 +11,24 @@ use std::pin::Pin;
 
 use futures::{Stream, StreamExt, stream};
 use tessera_cluster::Verdict;
+use tessera_proto::MAX_MESSAGE_BYTES;
 use tessera_proto::inference::v1 as pb;
 use tessera_proto::inference::v1::inference_server::Inference;
 use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::error::RequestError;
 use crate::events::{Event, Generation};
 use crate::metrics::CallGuard;
+use crate::request::{TENANT_HEADER, tenant_id};
 use crate::service::Service;
 use reply::{OnceReply, Replies};
+
+/// Bytes of the log probabilities of one position at most, without the most likely tokens.
+const POSITION_BYTES: usize = 8;
+/// Bytes of one most likely token at most.
+const TOP_BYTES: usize = 13;
 
 /// The service on one router.
 #[derive(Debug, Clone)]
@@ -37,12 +45,17 @@ impl InferenceService {
         self.service.metrics().call("grpc", name, code_name(Code::Cancelled))
     }
 
-    async fn begin(&self, request: pb::GenerateRequest) -> Result<Generation, RequestError> {
+    async fn begin(
+        &self,
+        request: pb::GenerateRequest,
+        metadata: &MetadataMap,
+    ) -> Result<Generation, RequestError> {
         let arrival = Instant::now();
         self.service.admission().check_room()?;
+        let tenant = tenant_id(metadata.get(TENANT_HEADER).map(|name| name.as_bytes()))?;
         let mut held = self.service.admission().held_bytes();
         let limits = &self.service.config().limits;
-        let request = request::chat_request(request, arrival, limits)?;
+        let request = request::chat_request(request, tenant, arrival, limits)?;
         held.grow(request.num_bytes())?;
         self.service.generate(request, held).await
     }
@@ -59,9 +72,9 @@ impl Inference for InferenceService {
         request: Request<pb::GenerateRequest>,
     ) -> Result<Response<GenerateStream>, Status> {
         let mut call = self.call("generate");
-        let request = request.into_inner();
+        let (metadata, _, request) = request.into_parts();
         let replies = Replies { return_token_ids: request.return_token_ids };
-        match self.begin(request).await {
+        match self.begin(request, &metadata).await {
             Ok(generation) => Ok(Response::new(stream_of(generation, replies, call))),
             Err(error) => Err(refuse(error, &mut call)),
         }
@@ -72,11 +85,13 @@ impl Inference for InferenceService {
         request: Request<pb::GenerateRequest>,
     ) -> Result<Response<pb::GenerateOnceResponse>, Status> {
         let mut call = self.call("generate_once");
-        let request = request.into_inner();
+        let (metadata, _, request) = request.into_parts();
         let num_choices = request.n.unwrap_or(1);
+        let prompt_logprobs = request.sampling.as_ref().and_then(|s| s.prompt_logprobs);
         let replies = Replies { return_token_ids: request.return_token_ids };
         let reply = async {
-            let mut generation = self.begin(request).await?;
+            let mut generation = self.begin(request, &metadata).await?;
+            check_reply_size(generation.prompt.prompt.tokens.len(), prompt_logprobs)?;
             let mut reply = OnceReply::new(&generation.prompt, replies, num_choices);
             while let Some(event) = generation.events.recv().await {
                 if let Some(reply) = reply.add(event?) {
@@ -142,6 +157,20 @@ impl Inference for InferenceService {
     ) -> Result<Response<pb::GetClusterResponse>, Status> {
         let mut call = self.call("get_cluster");
         finish(Ok(cluster(&self.service)), &mut call)
+    }
+}
+
+/// Log probabilities of a long prompt would not fit one message.
+fn check_reply_size(prompt_tokens: usize, logprobs: Option<u32>) -> Result<(), RequestError> {
+    let Some(top) = logprobs else {
+        return Ok(());
+    };
+    match prompt_tokens * (POSITION_BYTES + TOP_BYTES * top as usize) <= MAX_MESSAGE_BYTES / 2 {
+        true => Ok(()),
+        false => {
+            let detail = "are too many for one message with this prompt; use Generate";
+            Err(RequestError::invalid("prompt_logprobs", detail))
+        }
     }
 }
 

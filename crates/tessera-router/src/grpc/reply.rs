@@ -5,7 +5,10 @@ use tessera_proto::hash_bytes;
 use tessera_proto::inference::v1 as pb;
 use tessera_types::FinishReason;
 
-use crate::events::{ChoiceFinish, Completion, Delta, Event, MediaInfo, OutputToken, PromptInfo};
+use crate::events::{
+    ChoiceFinish, Completion, Delta, Event, MediaInfo, OutputToken, PromptInfo, ToolCallDelta,
+    ToolCallStart,
+};
 
 /// How much a client wants to know.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +26,10 @@ impl Replies {
     pub(super) fn event(self, event: Event) -> pb::GenerateResponse {
         use pb::generate_response::Event as Out;
         response(match event {
+            Event::PromptLogprobs(piece) => Out::PromptLogprobs(pb::PromptLogprobs {
+                first_token: piece.first_token,
+                tokens: piece.tokens.iter().map(Into::into).collect(),
+            }),
             Event::Delta(delta) => Out::Delta(self.delta(delta)),
             Event::Finish(finish) => Out::Finish(pb::ChoiceFinish {
                 choice: finish.choice,
@@ -49,13 +56,8 @@ impl Replies {
 
     fn delta(self, delta: Delta) -> pb::Delta {
         let (token_ids, logprobs) = self.tokens(&delta.tokens);
-        pb::Delta {
-            choice: delta.choice,
-            text: delta.text,
-            token_ids,
-            logprobs,
-            tool_calls: Vec::new(),
-        }
+        let tool_calls = delta.tool_calls.into_iter().map(tool_call_delta).collect();
+        pb::Delta { choice: delta.choice, text: delta.text, token_ids, logprobs, tool_calls }
     }
 
     fn tokens(self, tokens: &[OutputToken]) -> (Vec<u32>, Vec<common::PositionLogprobs>) {
@@ -63,6 +65,12 @@ impl Replies {
         let logprobs = tokens.iter().filter_map(|token| token.logprobs.as_ref());
         (ids.collect(), logprobs.map(Into::into).collect())
     }
+}
+
+fn tool_call_delta(delta: ToolCallDelta) -> pb::ToolCallDelta {
+    let ToolCallDelta { index, start, arguments } = delta;
+    let (id, name) = start.map(|start| (start.id, start.name)).unwrap_or_default();
+    pb::ToolCallDelta { index, id, name, arguments }
 }
 
 fn response(event: pb::generate_response::Event) -> pb::GenerateResponse {
@@ -128,12 +136,25 @@ impl OnceReply {
     /// Adds an event; the last one gives the reply.
     pub(super) fn add(&mut self, event: Event) -> Option<pb::GenerateOnceResponse> {
         match event {
+            Event::PromptLogprobs(piece) => {
+                self.reply.prompt_logprobs.extend(piece.tokens.iter().map(Into::into));
+                None
+            }
             Event::Delta(delta) => {
                 let (token_ids, logprobs) = self.replies.tokens(&delta.tokens);
                 let choice = &mut self.reply.choices[delta.choice as usize];
                 choice.text.push_str(&delta.text);
                 choice.token_ids.extend(token_ids);
                 choice.logprobs.extend(logprobs);
+                for ToolCallDelta { start, arguments, .. } in delta.tool_calls {
+                    if let Some(ToolCallStart { id, name }) = start {
+                        let arguments = String::new();
+                        choice.tool_calls.push(pb::ToolCall { id, name, arguments });
+                    }
+                    if let Some(call) = choice.tool_calls.last_mut() {
+                        call.arguments.push_str(&arguments);
+                    }
+                }
                 None
             }
             Event::Finish(ChoiceFinish { choice, reason, matched_stop, .. }) => {

@@ -3,20 +3,21 @@
 use std::time::Duration;
 
 use tessera_processor::{
-    ChatPrompt, Content, ContentPart, Message, Role, SamplingOverrides, ToolCall,
+    ChatPrompt, Content, ContentPart, Message, Role, SamplingOverrides, ToolCall, ToolChoice,
+    ToolUse,
 };
 use tessera_proto::common::v1 as common;
 use tessera_proto::hash_from_bytes;
 use tessera_proto::inference::v1 as pb;
-use tessera_types::MediaId;
+use tessera_types::{Grammar, MediaId, TenantId};
 use tokio::time::Instant;
 
 use crate::config::LimitsConfig;
 use crate::error::RequestError;
 use crate::http::decode_data_url;
 use crate::request::{
-    ChatRequest, DEFAULT_FPS, MediaContent, MediaPart, MediaSource, check_num_choices, check_tool,
-    request_id,
+    ChatRequest, DEFAULT_FPS, MediaContent, MediaPart, MediaSource, check_num_choices,
+    check_priority, check_tool, request_id,
 };
 
 /// Reads a generation request.
@@ -25,6 +26,7 @@ use crate::request::{
 /// A typed error that names the field.
 pub(super) fn chat_request(
     request: pb::GenerateRequest,
+    tenant: TenantId,
     arrival: Instant,
     limits: &LimitsConfig,
 ) -> Result<ChatRequest, RequestError> {
@@ -37,7 +39,14 @@ pub(super) fn chat_request(
         model: request.model,
         chat,
         media,
-        sampling: sampling(request.sampling.unwrap_or_default()),
+        sampling: sampling(request.sampling.unwrap_or_default())?,
+        grammar_field: "grammar".to_owned(),
+        tool_use: ToolUse {
+            choice: tool_choice(request.tool_choice)?,
+            parallel: request.parallel_tool_calls.unwrap_or(true),
+        },
+        priority: check_priority(request.priority.into())?,
+        tenant,
         seed: request.seed,
         num_choices: check_num_choices(request.n.unwrap_or(1), limits)?,
         stop: request.stop,
@@ -63,7 +72,24 @@ pub(super) fn tokenize_request(
         add_vision_id: request.add_vision_id,
         ..pb::GenerateRequest::default()
     };
-    chat_request(request, Instant::now(), limits)
+    chat_request(request, TenantId::default(), Instant::now(), limits)
+}
+
+fn tool_choice(choice: Option<pb::ToolChoice>) -> Result<ToolChoice, RequestError> {
+    use pb::tool_choice::{Choice, Mode};
+    let choice = match choice.and_then(|choice| choice.choice) {
+        None => return Ok(ToolChoice::Auto),
+        Some(Choice::Function(name)) => return Ok(ToolChoice::Function(name)),
+        Some(Choice::Mode(mode)) => mode,
+    };
+    match Mode::try_from(choice) {
+        Ok(Mode::Auto) => Ok(ToolChoice::Auto),
+        Ok(Mode::None) => Ok(ToolChoice::None),
+        Ok(Mode::Required) => Ok(ToolChoice::Required),
+        Ok(Mode::Unspecified) | Err(_) => {
+            Err(RequestError::invalid("tool_choice", "must be auto, none, required or a function"))
+        }
+    }
 }
 
 fn chat_prompt(
@@ -201,8 +227,9 @@ fn media_source(source: pb::MediaSource, field: &str) -> Result<MediaSource, Req
     }
 }
 
-fn sampling(options: common::SamplingOptions) -> SamplingOverrides {
-    SamplingOverrides {
+fn sampling(options: common::SamplingOptions) -> Result<SamplingOverrides, RequestError> {
+    let grammar = options.grammar.as_ref().map(Grammar::try_from).transpose();
+    Ok(SamplingOverrides {
         temperature: options.temperature,
         top_p: options.top_p,
         top_k: options.top_k,
@@ -216,9 +243,9 @@ fn sampling(options: common::SamplingOptions) -> SamplingOverrides {
         stop_token_ids: options.stop_token_ids,
         ignore_eos: options.ignore_eos,
         logprobs: options.logprobs,
-        prompt_logprobs: None,
-        grammar: None,
-    }
+        prompt_logprobs: options.prompt_logprobs,
+        grammar: grammar.map_err(|error| RequestError::invalid("grammar", error.to_string()))?,
+    })
 }
 
 #[cfg(test)]
@@ -242,7 +269,7 @@ mod tests {
     }
 
     fn parse(request: pb::GenerateRequest) -> Result<ChatRequest, RequestError> {
-        chat_request(request, Instant::now(), &LimitsConfig::default())
+        chat_request(request, TenantId::default(), Instant::now(), &LimitsConfig::default())
     }
 
     #[test]
@@ -268,6 +295,10 @@ mod tests {
     fn bad_input_is_refused_by_field() {
         use pb::media_source::Source;
         let url = |url: &str| request(vec![image_part(Some(Source::Url(url.to_owned())))]);
+        let choosing = |choice| {
+            let tool_choice = Some(pb::ToolChoice { choice });
+            pb::GenerateRequest { tool_choice, ..request(vec![text_part("x")]) }
+        };
         let short_id = Source::MediaId(Bytes::from_static(b"short"));
         let cases = [
             ("messages", pb::GenerateRequest::default()),
@@ -281,6 +312,19 @@ mod tests {
             (
                 "timeout_ms",
                 pb::GenerateRequest { timeout_ms: Some(0), ..request(vec![text_part("x")]) },
+            ),
+            ("priority", pb::GenerateRequest { priority: 5000, ..request(vec![text_part("x")]) }),
+            ("tool_choice", choosing(Some(pb::tool_choice::Choice::Mode(0)))),
+            ("tool_choice", choosing(Some(pb::tool_choice::Choice::Mode(77)))),
+            (
+                "grammar",
+                pb::GenerateRequest {
+                    sampling: Some(common::SamplingOptions {
+                        grammar: Some(common::Grammar::default()),
+                        ..common::SamplingOptions::default()
+                    }),
+                    ..request(vec![text_part("x")])
+                },
             ),
             (
                 "tools[0].json",

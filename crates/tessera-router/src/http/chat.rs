@@ -10,13 +10,14 @@ use tokio::time::Instant;
 
 use super::body::read_body;
 use super::chat_request::{ChatBody, parse_chat};
-use super::chat_response::{GatheredChoice, reply_json};
+use super::chat_response::{Gathered, GatheredChoice, reply_json};
 use super::error::{error_response, status_of};
 use super::sse::{StreamOptions, stream_response};
 use super::{HttpState, request_id, with_request_id};
 use crate::error::RequestError;
 use crate::events::{Completion, Event, Generation};
 use crate::metrics::CallGuard;
+use crate::request::{TENANT_HEADER, tenant_id};
 
 pub(super) async fn chat_completions(
     State(state): State<Arc<HttpState>>,
@@ -54,6 +55,8 @@ async fn begin(
     let refusal = service.admission().check_room().err();
     let mut held = service.admission().held_bytes();
     let (parts, body) = request.into_parts();
+    let tenant = parts.headers.get(TENANT_HEADER).map(HeaderValue::as_bytes);
+    let tenant = tenant_id(tenant)?;
     let timeout = Duration::from_millis(config.http.body_timeout_ms);
     let limit = config.http.max_body_bytes;
     let body = read_body(&parts.headers, body, limit, timeout, &mut held, refusal).await?;
@@ -64,8 +67,9 @@ async fn begin(
             parse_chat(&body, request_id, arrival, limits, &state.unknown)
         }
     };
-    let ChatBody { request, stream, include_usage } =
+    let ChatBody { mut request, stream, include_usage } =
         service.run_sized(body.len(), parse).await??;
+    request.tenant = tenant;
     drop(body);
     let options = StreamOptions {
         num_choices: request.num_choices,
@@ -91,13 +95,13 @@ async fn reply(
     }
     let prompt = Arc::clone(&generation.prompt);
     match gather(generation, options.num_choices).await {
-        Ok((choices, completion)) => {
+        Ok((gathered, completion)) => {
             call.set_code("200");
             let bytes_of = |id| model.token_bytes(id);
             let json = reply_json(
                 &id,
                 &prompt,
-                &choices,
+                &gathered,
                 &completion,
                 options.return_token_ids,
                 &bytes_of,
@@ -115,20 +119,18 @@ async fn reply(
 async fn gather(
     mut generation: Generation,
     num_choices: u32,
-) -> Result<(Vec<GatheredChoice>, Completion), RequestError> {
-    let mut choices = vec![GatheredChoice::default(); num_choices as usize];
+) -> Result<(Gathered, Completion), RequestError> {
+    let choices = vec![GatheredChoice::default(); num_choices as usize];
+    let mut gathered = Gathered { choices, ..Gathered::default() };
     while let Some(event) = generation.events.recv().await {
         match event? {
-            Event::Delta(delta) => {
-                let choice = &mut choices[delta.choice as usize];
-                choice.text.push_str(&delta.text);
-                choice.tokens.extend(delta.tokens);
-            }
+            Event::PromptLogprobs(piece) => gathered.prompt_logprobs.extend(piece.tokens),
+            Event::Delta(delta) => gathered.choices[delta.choice as usize].add(delta),
             Event::Finish(finish) => {
                 let choice = finish.choice as usize;
-                choices[choice].finish = Some(finish);
+                gathered.choices[choice].finish = Some(finish);
             }
-            Event::Completion(completion) => return Ok((choices, completion)),
+            Event::Completion(completion) => return Ok((gathered, completion)),
         }
     }
     Err(RequestError::Cancelled)

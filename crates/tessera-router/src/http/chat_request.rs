@@ -4,34 +4,30 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use tessera_processor::{ChatPrompt, Content, Message, Role, SamplingOverrides, ToolCall};
+use tessera_processor::{ChatPrompt, Content, Message, Role, SamplingOverrides};
+use tessera_types::TenantId;
 use tokio::time::Instant;
 
+use super::constraint::parse_constraint;
 use super::content::parse_content;
 use super::fields::{Field, Fields};
+use super::tools::{parse_tool_calls, parse_tool_use, parse_tools};
 use super::unknown::UnknownFields;
 use crate::config::LimitsConfig;
 use crate::error::RequestError;
-use crate::request::{ChatRequest, MediaPart, check_num_choices, check_tool};
-
-/// Tools of one request at most.
-const MAX_TOOLS: usize = 256;
-/// Tool calls of one message at most.
-const MAX_TOOL_CALLS: usize = 256;
+use crate::request::{ChatRequest, MediaPart, check_num_choices, check_priority};
 
 /// Stop strings that are read before the processor's own, smaller bound is checked.
 const MAX_STOPS_PARSED: usize = 1024;
 
 /// Fields that change the output in ways this server does not implement. Ignoring them would answer
 /// another question than the one asked.
-const UNSUPPORTED: [&str; 11] = [
+const UNSUPPORTED: [&str; 9] = [
     "guided_json",
     "guided_regex",
     "guided_choice",
     "guided_grammar",
-    "structured_outputs",
     "use_beam_search",
-    "prompt_logprobs",
     "bad_words",
     "allowed_token_ids",
     "audio",
@@ -63,6 +59,12 @@ pub(crate) fn parse_chat(
     let mut media = Vec::new();
     let messages = fields.required("messages")?;
     let messages = parse_messages(&messages, limits, unknown, &mut media)?;
+    let stream = fields.get("stream")?.unwrap_or(false);
+    let mut sampling = parse_sampling(&mut fields, stream)?;
+    let mut grammar_field = String::new();
+    if let Some(constraint) = parse_constraint(&mut fields, unknown)? {
+        (sampling.grammar, grammar_field) = (Some(constraint.grammar), constraint.field);
+    }
     let request = ChatRequest {
         request_id,
         arrival,
@@ -74,14 +76,17 @@ pub(crate) fn parse_chat(
             add_generation_prompt: true,
         },
         media,
-        sampling: parse_sampling(&mut fields)?,
+        sampling,
+        grammar_field,
+        tool_use: parse_tool_use(&mut fields)?,
+        priority: check_priority(fields.get("priority")?.unwrap_or(0))?,
+        tenant: TenantId::default(),
         seed: parse_seed(&mut fields)?,
         num_choices: parse_num_choices(&mut fields, limits)?,
         stop: parse_stop(&mut fields)?,
         return_token_ids: fields.get("return_token_ids")?.unwrap_or(false),
         timeout: parse_timeout(&mut fields)?,
     };
-    let stream = fields.get("stream")?.unwrap_or(false);
     let include_usage = parse_include_usage(&mut fields, unknown)?;
     unknown.note(&fields);
     Ok(ChatBody { request, stream, include_usage })
@@ -123,14 +128,6 @@ fn refuse_unsupported(fields: &mut Fields<'_>) -> Result<(), RequestError> {
     for name in UNSUPPORTED {
         if let Some(field) = fields.take(name) {
             return Err(field.unsupported(name));
-        }
-    }
-    if let Some(field) = fields.take("response_format") {
-        let mut format = field.object()?;
-        let kind = format.required("type")?;
-        let name = kind.string()?;
-        if name != "text" {
-            return Err(kind.unsupported(format!("the response format {name:.40?}")));
         }
     }
     Ok(())
@@ -175,46 +172,10 @@ fn parse_message(
     Ok(Message { role, content, tool_calls, tool_call_id })
 }
 
-fn parse_tool_calls(field: &Field<'_>, role: Role) -> Result<Vec<ToolCall>, RequestError> {
-    let calls = field.list(MAX_TOOL_CALLS)?;
-    if role != Role::Assistant && !calls.is_empty() {
-        return Err(field.invalid("only assistant messages have tool calls"));
-    }
-    calls
-        .iter()
-        .map(|call| {
-            let mut call = call.object()?;
-            let id: String = call.get("id")?.unwrap_or_default();
-            let mut function = call.required("function")?.object()?;
-            let name = function.required("name")?.string()?;
-            let arguments = function.required("arguments")?.string()?;
-            Ok(ToolCall::new(id, name, &arguments))
-        })
-        .collect()
-}
-
-/// Tools for the prompt; none when the client forbids their use.
-fn parse_tools(fields: &mut Fields<'_>) -> Result<Vec<serde_json::Value>, RequestError> {
-    let choice = fields.take("tool_choice");
-    let list = match fields.take("tools") {
-        Some(tools) => tools.list(MAX_TOOLS)?,
-        None => Vec::new(),
-    };
-    let tools = list
-        .iter()
-        .map(|tool| check_tool(tool.parse()?, &tool.path))
-        .collect::<Result<Vec<_>, _>>()?;
-    let Some(choice) = choice else {
-        return Ok(tools);
-    };
-    match choice.is_string().then(|| choice.string()).transpose()?.as_deref() {
-        Some("auto") => Ok(tools),
-        Some("none") => Ok(Vec::new()),
-        _ => Err(choice.unsupported("forcing a tool call")),
-    }
-}
-
-fn parse_sampling(fields: &mut Fields<'_>) -> Result<SamplingOverrides, RequestError> {
+fn parse_sampling(
+    fields: &mut Fields<'_>,
+    stream: bool,
+) -> Result<SamplingOverrides, RequestError> {
     let max_tokens = parse_count(fields, "max_tokens")?;
     // OpenAI's newer name for the same limit; it wins when a client sends both.
     let max_completion_tokens = parse_count(fields, "max_completion_tokens")?;
@@ -235,7 +196,7 @@ fn parse_sampling(fields: &mut Fields<'_>) -> Result<SamplingOverrides, RequestE
         stop_token_ids: fields.get("stop_token_ids")?.unwrap_or_default(),
         ignore_eos: fields.get("ignore_eos")?,
         logprobs: parse_logprobs(fields)?,
-        prompt_logprobs: None,
+        prompt_logprobs: parse_prompt_logprobs(fields, stream)?,
         grammar: None,
     })
 }
@@ -290,6 +251,18 @@ fn parse_logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, RequestError> 
         (0, false) => Ok(None),
         (_, false) => Err(top.invalid("needs logprobs to be true")),
         (num, true) => Ok(Some(num)),
+    }
+}
+
+/// A number, as in vLLM. A stream has no place for them, there as here.
+fn parse_prompt_logprobs(
+    fields: &mut Fields<'_>,
+    stream: bool,
+) -> Result<Option<u32>, RequestError> {
+    match fields.take("prompt_logprobs") {
+        Some(field) if stream => Err(field.invalid("cannot be had in a stream")),
+        Some(field) => field.parse().map(Some),
+        None => Ok(None),
     }
 }
 

@@ -1,4 +1,5 @@
-use tessera_processor::ContentPart;
+use tessera_processor::{ContentPart, ToolChoice, ToolUse};
+use tessera_types::Grammar;
 
 use super::*;
 
@@ -102,7 +103,25 @@ fn tools_and_tool_turns_are_kept_for_the_prompt() {
     let none = with(
         r#""tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none""#,
     );
-    assert!(none.expect("valid").request.chat.tools.is_empty());
+    let none = none.expect("valid").request;
+    assert_eq!((none.chat.tools.len(), none.tool_use.choice), (1, ToolChoice::None));
+}
+
+#[test]
+fn the_use_of_tools_and_the_form_of_the_answer_are_understood() {
+    let body = with(
+        r#""tools": [{"type": "function", "function": {"name": "f"}}], "parallel_tool_calls": false,
+           "tool_choice": {"type": "function", "function": {"name": "f"}}, "priority": -3,
+           "prompt_logprobs": 2, "structured_outputs": {"regex": "a+"}"#,
+    );
+    let request = body.expect("valid").request;
+    let choice = ToolChoice::Function("f".to_owned());
+    assert_eq!(request.tool_use, ToolUse { choice, parallel: false });
+    assert_eq!((request.priority, request.sampling.prompt_logprobs), (-3, Some(2)));
+    assert_eq!(request.sampling.grammar, Some(Grammar::Regex("a+".to_owned())));
+    assert_eq!(request.grammar_field, "structured_outputs.regex");
+    let required = with(r#""tool_choice": "required""#).expect("valid").request.tool_use;
+    assert_eq!(required, ToolUse { choice: ToolChoice::Required, parallel: true });
 }
 
 #[test]
@@ -155,6 +174,14 @@ fn bad_values_are_refused_by_field() {
         (r#""stream_options": 1"#, "stream_options"),
         (r#""tools": [{"type": "function"}]"#, "tools[0]"),
         (r#""tools": 3"#, "tools"),
+        (r#""tool_choice": "maybe""#, "tool_choice"),
+        (r#""tool_choice": {"type": "function"}"#, "tool_choice.function"),
+        (r#""tool_choice": {"type": "function", "function": {}}"#, "tool_choice.function.name"),
+        (r#""parallel_tool_calls": 1"#, "parallel_tool_calls"),
+        (r#""priority": 1001"#, "priority"),
+        (r#""priority": 0.5"#, "priority"),
+        (r#""prompt_logprobs": -1"#, "prompt_logprobs"),
+        (r#""prompt_logprobs": 1, "stream": true"#, "prompt_logprobs"),
     ];
     for (extra, field) in cases {
         let error = with(extra).expect_err(extra);
@@ -166,10 +193,9 @@ fn bad_values_are_refused_by_field() {
 #[test]
 fn known_features_that_are_missing_are_named() {
     for (extra, field) in [
-        (r#""response_format": {"type": "json_object"}"#, "response_format.type"),
+        (r#""response_format": {"type": "structural_tag"}"#, "response_format.type"),
         (r#""guided_json": {}"#, "guided_json"),
-        (r#""tool_choice": "required""#, "tool_choice"),
-        (r#""tool_choice": {"type": "function"}"#, "tool_choice"),
+        (r#""tool_choice": {"type": "allowed_tools"}"#, "tool_choice.type"),
         (r#""audio": {}"#, "audio"),
     ] {
         let error = with(extra).expect_err(extra);

@@ -4,62 +4,15 @@
 //! harmless.
 
 use serde::Serialize;
-use tessera_types::{FinishReason, MediaId, MediaKind, TokenId};
+use tessera_types::{FinishReason, MediaId, MediaKind, TokenId, TokenLogprobs};
 
-use crate::events::{
-    ChoiceFinish, Completion, Delta, MediaInfo, OutputToken, PromptInfo, Timings, Usage,
+use super::logprobs::{
+    ChoiceLogprobs, PromptPosition, TokenBytes, choice_logprobs, prompt_logprobs,
 };
-
-/// Gives the bytes of a token; empty for ids without text.
-pub(crate) type TokenBytes<'a> = &'a dyn Fn(TokenId) -> Vec<u8>;
-
-/// Log probability of a missing number: JSON has no infinity.
-const LOWEST_LOGPROB: f32 = -9999.0;
-
-#[derive(Serialize)]
-struct TopLogprob {
-    token: String,
-    logprob: f32,
-    bytes: Vec<u8>,
-}
-
-/// One entry of `logprobs.content`.
-#[derive(Serialize)]
-struct TokenEntry {
-    #[serde(flatten)]
-    token: TopLogprob,
-    top_logprobs: Vec<TopLogprob>,
-}
-
-/// `logprobs` of a choice.
-#[derive(Serialize)]
-struct ChoiceLogprobs {
-    content: Vec<TokenEntry>,
-    refusal: Option<()>,
-}
-
-fn top_logprob(id: TokenId, logprob: f32, bytes_of: TokenBytes<'_>) -> TopLogprob {
-    let bytes = bytes_of(id);
-    TopLogprob {
-        token: String::from_utf8_lossy(&bytes).into_owned(),
-        logprob: logprob.max(LOWEST_LOGPROB),
-        bytes,
-    }
-}
-
-fn token_entry(token: &OutputToken, bytes_of: TokenBytes<'_>) -> Option<TokenEntry> {
-    let logprobs = token.logprobs.as_ref()?;
-    let top = logprobs.top.iter();
-    Some(TokenEntry {
-        token: top_logprob(token.id, logprobs.logprob, bytes_of),
-        top_logprobs: top.map(|&(id, logprob)| top_logprob(id, logprob, bytes_of)).collect(),
-    })
-}
-
-fn choice_logprobs(tokens: &[OutputToken], bytes_of: TokenBytes<'_>) -> Option<ChoiceLogprobs> {
-    let content: Vec<_> = tokens.iter().filter_map(|token| token_entry(token, bytes_of)).collect();
-    (!content.is_empty()).then_some(ChoiceLogprobs { content, refusal: None })
-}
+use crate::events::{
+    ChoiceFinish, Completion, Delta, MediaInfo, OutputToken, PromptInfo, Timings, ToolCallDelta,
+    Usage, push_call,
+};
 
 fn token_ids(tokens: &[OutputToken]) -> Vec<TokenId> {
     tokens.iter().map(|token| token.id).collect()
@@ -151,12 +104,31 @@ fn extras<'a>(prompt: &PromptInfo, completion: &'a Completion) -> Extras<'a> {
     }
 }
 
-/// A choice of a whole reply, gathered from its events.
+/// A whole reply, gathered from its events.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Gathered {
+    pub(crate) choices: Vec<GatheredChoice>,
+    /// Of every prompt token but the first, if they were asked for.
+    pub(crate) prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+/// A choice of it.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct GatheredChoice {
     pub(crate) text: String,
     pub(crate) tokens: Vec<OutputToken>,
+    /// Each in one piece.
+    pub(crate) tool_calls: Vec<ToolCallDelta>,
     pub(crate) finish: Option<ChoiceFinish>,
+}
+
+impl GatheredChoice {
+    /// Adds a delta.
+    pub(crate) fn add(&mut self, delta: Delta) {
+        self.text.push_str(&delta.text);
+        self.tokens.extend(delta.tokens);
+        delta.tool_calls.into_iter().for_each(|call| push_call(&mut self.tool_calls, call));
+    }
 }
 
 #[derive(Serialize)]
@@ -170,6 +142,8 @@ struct Reply<'a> {
     system_fingerprint: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [TokenId]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Vec<Option<PromptPosition>>>,
     tessera: Extras<'a>,
 }
 
@@ -187,22 +161,64 @@ struct ReplyChoice<'a> {
 #[derive(Serialize)]
 struct ReplyMessage<'a> {
     role: &'static str,
-    content: &'a str,
+    /// Null beside calls without text.
+    content: Option<&'a str>,
     refusal: Option<()>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCallJson<'a>>,
+}
+
+/// A tool call, or the part of one that a chunk adds.
+#[derive(Serialize)]
+struct ToolCallJson<'a> {
+    /// In chunks only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    r#type: Option<&'static str>,
+    function: FunctionJson<'a>,
+}
+
+#[derive(Serialize)]
+struct FunctionJson<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: &'a str,
+}
+
+fn tool_call_json(call: &ToolCallDelta, index: Option<u32>) -> ToolCallJson<'_> {
+    let start = call.start.as_ref();
+    ToolCallJson {
+        index,
+        id: start.map(|start| start.id.as_str()),
+        r#type: start.map(|_| "function"),
+        function: FunctionJson {
+            name: start.map(|start| start.name.as_str()),
+            arguments: &call.arguments,
+        },
+    }
 }
 
 /// The `chat.completion` object.
 pub(crate) fn reply_json(
     id: &str,
     prompt: &PromptInfo,
-    choices: &[GatheredChoice],
+    gathered: &Gathered,
     completion: &Completion,
     return_token_ids: bool,
     bytes_of: TokenBytes<'_>,
 ) -> Vec<u8> {
-    let choices = choices.iter().enumerate().map(|(index, choice)| ReplyChoice {
+    let choices = gathered.choices.iter().enumerate().map(|(index, choice)| ReplyChoice {
         index: index as u32,
-        message: ReplyMessage { role: "assistant", content: &choice.text, refusal: None },
+        message: ReplyMessage {
+            role: "assistant",
+            content: (!choice.text.is_empty() || choice.tool_calls.is_empty())
+                .then_some(&choice.text),
+            refusal: None,
+            tool_calls: choice.tool_calls.iter().map(|call| tool_call_json(call, None)).collect(),
+        },
         logprobs: choice_logprobs(&choice.tokens, bytes_of),
         finish_reason: choice
             .finish
@@ -212,6 +228,7 @@ pub(crate) fn reply_json(
         stop_reason: choice.finish.as_ref().and_then(stop_reason),
         token_ids: return_token_ids.then(|| token_ids(&choice.tokens)),
     });
+    let prompt_tokens = prompt.prompt.tokens.as_slice();
     let reply = Reply {
         id,
         object: "chat.completion",
@@ -220,7 +237,9 @@ pub(crate) fn reply_json(
         choices: choices.collect(),
         usage: completion.usage.into(),
         system_fingerprint: &prompt.system_fingerprint,
-        prompt_token_ids: return_token_ids.then_some(prompt.prompt.tokens.as_slice()),
+        prompt_token_ids: return_token_ids.then_some(prompt_tokens),
+        prompt_logprobs: (!gathered.prompt_logprobs.is_empty())
+            .then(|| prompt_logprobs(prompt_tokens, &gathered.prompt_logprobs, bytes_of)),
         tessera: extras(prompt, completion),
     };
     to_json(&reply)
@@ -264,6 +283,8 @@ struct ChunkDelta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCallJson<'a>>,
 }
 
 impl ChunkWriter {
@@ -301,7 +322,11 @@ impl ChunkWriter {
         for index in 0..num_choices {
             let choice = ChunkChoice {
                 index,
-                delta: ChunkDelta { role: Some("assistant"), content: Some("") },
+                delta: ChunkDelta {
+                    role: Some("assistant"),
+                    content: Some(""),
+                    ..ChunkDelta::default()
+                },
                 logprobs: None,
                 finish_reason: None,
                 stop_reason: None,
@@ -322,13 +347,20 @@ impl ChunkWriter {
     /// Text and tokens of one choice.
     pub(crate) fn write_delta(&self, delta: &Delta, bytes_of: TokenBytes<'_>, out: &mut Vec<u8>) {
         let logprobs = choice_logprobs(&delta.tokens, bytes_of);
-        if delta.text.is_empty() && logprobs.is_none() && !self.return_token_ids {
+        let is_silent = delta.text.is_empty() && delta.tool_calls.is_empty();
+        if is_silent && logprobs.is_none() && !self.return_token_ids {
             return;
         }
+        let calls = delta.tool_calls.iter();
         self.write_choice(
             &ChunkChoice {
                 index: delta.choice,
-                delta: ChunkDelta { role: None, content: Some(&delta.text) },
+                delta: ChunkDelta {
+                    role: None,
+                    content: (!delta.text.is_empty() || delta.tool_calls.is_empty())
+                        .then_some(&delta.text),
+                    tool_calls: calls.map(|call| tool_call_json(call, Some(call.index))).collect(),
+                },
                 logprobs,
                 finish_reason: None,
                 stop_reason: None,

@@ -2,19 +2,22 @@
 //! [`crate::request::ChatRequest`], hand it to the [`Service`], and put events into JSON.
 //!
 //! Modules: `server` (connections), `body` (bounded reading), `fields` (JSON by field), `unknown`
-//! (ignored fields), `chat_request` and `content` (parsing), `chat` (the handler), `chat_response`
-//! (JSON out), `sse` (streams), `error` (OpenAI's error object), `info` (models, health, tokenize).
+//! (ignored fields), `chat_request`, `content`, `constraint` and `tools` (parsing), `chat` (the handler),
+//! `chat_response` and `logprobs` (JSON out), `sse` (streams), `error` (OpenAI's error object), `info` (models, health, tokenize).
 
 mod body;
 mod chat;
 mod chat_request;
 mod chat_response;
+mod constraint;
 mod content;
 mod error;
 mod fields;
 mod info;
+mod logprobs;
 mod server;
 mod sse;
+mod tools;
 mod unknown;
 
 use std::sync::Arc;

@@ -124,6 +124,8 @@ impl State {
     fn write(&mut self, event: &Event, out: &mut Vec<u8>) {
         let model = &self.model;
         match event {
+            // Refused for streams.
+            Event::PromptLogprobs(_) => {}
             Event::Delta(delta) => self.writer.write_delta(delta, &|id| model.token_bytes(id), out),
             Event::Finish(finish) => self.writer.write_finish(finish, out),
             Event::Completion(completion) => {

@@ -11,10 +11,10 @@ use tokio::time::Instant;
 
 use super::attempt::AttemptStream;
 use super::outcome::request_error;
-use super::text::ends_choice;
+use super::text::{Spoken, ends_choice};
 use super::{Job, Session, encode};
 use crate::error::RequestError;
-use crate::events::{ChoiceFinish, Delta, Event, OutputToken};
+use crate::events::{ChoiceFinish, Delta, Event, OutputToken, PromptLogprobs, push_call};
 use crate::upstream::{GroupQuery, NoEncoder};
 
 impl Session {
@@ -95,6 +95,9 @@ impl Session {
         };
         let Job { info, prepared, arrival, deadline, .. } = &self.job;
         let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+        // Choices share the prompt, so the first one's log probabilities are everyone's.
+        let mut sampling = pb::Sampling::from(&*prepared.sampling);
+        sampling.prompt_logprobs = sampling.prompt_logprobs.filter(|_| choice == 0);
         let start = pb::Start {
             fence: Some(self.upstream.fence(&target)),
             request_id: info.request_id.clone(),
@@ -102,10 +105,11 @@ impl Session {
             choice,
             prompt: Some((&*prepared.prompt).into()),
             output_token_ids: output,
-            sampling: Some((&*prepared.sampling).into()),
+            sampling: Some(sampling),
             effective_seed: seed,
-            priority: 0,
-            tenant: 0,
+            // Clients count as vLLM does, lower first.
+            priority: -self.job.priority,
+            tenant: self.job.tenant.0,
             // 0 would mean "no deadline".
             remaining_ms: millis(deadline.saturating_duration_since(Instant::now())).max(1),
             age_ms: millis(arrival.elapsed()),
@@ -160,23 +164,45 @@ impl Session {
         let is_silent = ends_choice(token.id, &self.job.prepared.sampling, eos);
         self.record.last_token[choice as usize] = Some(token.id);
         let spoken = self.texts[choice as usize].push(token, is_silent);
-        self.speak(choice, spoken.text, spoken.tokens);
-        let matched = spoken.matched?;
-        self.record.matched_stop[choice as usize] = Some(matched);
-        Some(Input::StopChoice { choice, reason: FinishReason::StopString })
+        let reason = match (spoken.matched, spoken.calls_are_over) {
+            (Some(matched), _) => {
+                self.record.matched_stop[choice as usize] = Some(matched);
+                Some(FinishReason::StopString)
+            }
+            (None, true) => Some(FinishReason::ToolCalls),
+            (None, false) => None,
+        };
+        self.speak(choice, spoken);
+        reason.map(|reason| Input::StopChoice { choice, reason })
     }
 
-    fn speak(&mut self, choice: u32, text: String, tokens: Vec<OutputToken>) {
-        if text.is_empty() && tokens.is_empty() {
+    fn speak(&mut self, choice: u32, spoken: Spoken) {
+        let Spoken { text, tokens, tool_calls, .. } = spoken;
+        if text.is_empty() && tokens.is_empty() && tool_calls.is_empty() {
             return;
         }
         match self.ready.last_mut() {
             Some(Event::Delta(last)) if last.choice == choice => {
                 last.text.push_str(&text);
                 last.tokens.extend(tokens);
+                tool_calls.into_iter().for_each(|call| push_call(&mut last.tool_calls, call));
             }
-            _ => self.ready.push(Event::Delta(Delta { choice, text, tokens })),
+            _ => self.ready.push(Event::Delta(Delta { choice, text, tokens, tool_calls })),
         }
+    }
+
+    /// A piece of the prompt's log probabilities. After a move they come again: what the client has is
+    /// skipped.
+    pub(super) fn on_prompt_logprobs(&mut self, piece: &pb::PromptLogprobs) {
+        let next = self.record.next_prompt_logprob;
+        let known = next.saturating_sub(piece.first_token) as usize;
+        let tokens: Vec<_> = piece.tokens.iter().skip(known).map(Into::into).collect();
+        // A gap would shift all that follows; the decoder sends none.
+        if piece.first_token > next || tokens.is_empty() {
+            return;
+        }
+        self.record.next_prompt_logprob += tokens.len() as u32;
+        self.ready.push(Event::PromptLogprobs(PromptLogprobs { first_token: next, tokens }));
     }
 
     fn finish(&mut self, choice: u32, mut reason: FinishReason) {
@@ -189,11 +215,17 @@ impl Session {
         }
         if reason != FinishReason::StopString {
             let spoken = self.texts[index].finish();
-            self.speak(choice, spoken.text, spoken.tokens);
-            if let Some(matched) = spoken.matched {
-                self.record.matched_stop[index] = Some(matched);
+            let matched = spoken.matched;
+            self.speak(choice, spoken);
+            if matched.is_some() {
+                self.record.matched_stop[index] = matched;
                 reason = FinishReason::StopString;
             }
+        }
+        if self.texts[index].has_calls()
+            && matches!(reason, FinishReason::EndOfSequence | FinishReason::StopToken)
+        {
+            reason = FinishReason::ToolCalls;
         }
         let matched = self.record.matched_stop[index];
         self.ready.push(Event::Finish(ChoiceFinish {

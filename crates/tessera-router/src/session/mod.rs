@@ -26,7 +26,7 @@ use tessera_cluster::request::{
 use tessera_cluster::{ModelIdentity, RequestSession, SessionConfig};
 use tessera_processor::StopMatcher;
 use tessera_proto::decoder::v1 as pb;
-use tessera_types::Attempt;
+use tessera_types::{Attempt, TenantId};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -56,6 +56,9 @@ pub(crate) struct Job {
     pub(crate) num_choices: u32,
     pub(crate) stop: StopMatcher,
     pub(crate) stop_strings: Vec<String>,
+    /// As the client counts: lower goes first.
+    pub(crate) priority: i32,
+    pub(crate) tenant: TenantId,
     /// Effective seed of the request.
     pub(crate) seed: u64,
     /// Whether deltas carry tokens.
@@ -120,7 +123,8 @@ impl Session {
         let config = SessionConfig { retry_after: job.retry_after, ..SessionConfig::default() };
         let text = |_| {
             let detokenizer = model.processor().detokenizer();
-            ChoiceText::new(detokenizer, job.stop.clone(), job.wants_tokens)
+            let tools = job.prepared.tool_reader.clone();
+            ChoiceText::new(detokenizer, job.stop.clone(), tools, job.wants_tokens)
         };
         Self {
             machine: RequestSession::new(config, spec),
@@ -200,11 +204,17 @@ impl Session {
         attempt: Attempt,
         message: Result<pb::GenerateResponse, Broken>,
     ) {
+        use pb::generate_response::Message;
         let events = message.and_then(|message| {
             if self.record.note(choice, &message)
                 && let Some(stream) = &self.attempts[choice as usize]
             {
                 self.upstream.call_ok(stream.instance);
+            }
+            if let Some(Message::PromptLogprobs(piece)) = &message.message
+                && choice == 0
+            {
+                self.on_prompt_logprobs(piece);
             }
             attempt::events(choice, message)
         });

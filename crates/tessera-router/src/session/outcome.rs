@@ -25,6 +25,8 @@ pub(super) struct Record {
     pub(super) matched_stop: Vec<Option<usize>>,
     /// By choice.
     pub(super) last_token: Vec<Option<TokenId>>,
+    /// Prompt token whose log probabilities the client gets next.
+    pub(super) next_prompt_logprob: u32,
     accepted: bool,
     failed: bool,
     placed_at: Option<Instant>,
@@ -48,6 +50,7 @@ impl Record {
             error: None,
             matched_stop: vec![None; num_choices],
             last_token: vec![None; num_choices],
+            next_prompt_logprob: 1,
             accepted: false,
             failed: false,
             placed_at: None,
@@ -189,6 +192,11 @@ pub(super) fn request_error(error: SessionError, prepared: &Prepared) -> Request
         }
         SessionError::Rejected { reason, field, detail } => {
             let reason = ErrorReason::from_name(&reason).unwrap_or(ErrorReason::Internal);
+            let field = match field.as_str() {
+                // The decoder does not know where the client put it.
+                "grammar" => prepared.grammar_field.clone(),
+                _ => field,
+            };
             RequestError::Rejected { reason, field, detail }
         }
         SessionError::MediaRejected { item, detail } => RequestError::MediaRefused {

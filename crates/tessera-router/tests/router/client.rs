@@ -29,11 +29,11 @@ pub async fn get(address: SocketAddr, path: &str) -> Reply {
     let mut stream = TcpStream::connect(address).await.expect("connects");
     let head = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     stream.write_all(head.as_bytes()).await.expect("writes");
-    read_reply(stream).await
+    read(stream).await
 }
 
 pub async fn post(address: SocketAddr, path: &str, body: &[u8]) -> Reply {
-    read_reply(send(address, path, body, "connection: close\r\n").await).await
+    read(send(address, path, body, "connection: close\r\n").await).await
 }
 
 pub async fn post_json(address: SocketAddr, path: &str, body: &Value) -> Reply {
@@ -69,7 +69,8 @@ async fn read_head(reader: &mut BufReader<TcpStream>) -> (u16, Vec<(String, Stri
     }
 }
 
-async fn read_reply(stream: TcpStream) -> Reply {
+/// The rest of what the server sends on this connection.
+pub async fn read(stream: TcpStream) -> Reply {
     let mut reader = BufReader::new(stream);
     let (status, headers) = read_head(&mut reader).await;
     let mut reply = Reply { status, headers, body: Vec::new() };

@@ -161,6 +161,18 @@ impl Attempt {
         self.replies.send(Err(status.into())).await.expect("the router reads");
     }
 
+    /// Log probability `-i` for prompt token `i`, for these.
+    pub async fn say_prompt_logprobs(&mut self, range: std::ops::Range<u32>) {
+        let position =
+            |i: u32| common::PositionLogprobs { logprob: -(i as f32), ..Default::default() };
+        self.reply(pb::generate_response::Message::PromptLogprobs(pb::PromptLogprobs {
+            attempt: self.start.attempt,
+            first_token: range.start,
+            tokens: range.map(position).collect(),
+        }))
+        .await;
+    }
+
     pub async fn need_media(&mut self, items: &[u32]) {
         self.reply(pb::generate_response::Message::MediaNeeded(pb::MediaNeeded {
             attempt: self.start.attempt,

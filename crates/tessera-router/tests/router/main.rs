@@ -7,4 +7,6 @@ mod failures;
 mod grpc;
 mod limits;
 mod media;
+mod options;
 mod refusals;
+mod tools;

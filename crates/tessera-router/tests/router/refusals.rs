@@ -84,7 +84,7 @@ fn cases() -> Vec<Case> {
         ),
         (with(hello(), json!({"n": 99})), 400, "invalid_argument", Some("n"), "[1, 16]"),
         (
-            with(hello(), json!({"response_format": {"type": "json_object"}})),
+            with(hello(), json!({"response_format": {"type": "structural_tag"}})),
             400,
             "unsupported",
             Some("response_format.type"),
