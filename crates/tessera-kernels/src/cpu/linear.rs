@@ -7,8 +7,7 @@ use super::memory::{Buffer, SharedOut};
 use super::pack::{num_panels, pack_weights, read_bias};
 use super::word::{CpuFormat, Pairs, Singles, Word};
 use crate::error::{KernelError, Result};
-use crate::reference::linear::gelu;
-use crate::sampling::math::exp;
+use crate::sampling::math::{exp, gelu};
 use crate::weights::{LinearSpec, PartLayout, SliceReader, WeightFormat};
 
 /// Rows that meet a panel before the next panel is read: their packed form stays in the shared cache.
