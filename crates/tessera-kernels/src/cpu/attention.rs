@@ -98,20 +98,22 @@ pub(super) fn packed_tile<W: Word>(keys: &[u32], values: &[u32], dim: usize) -> 
     }
 }
 
-/// Room in a thread's arrays for units of heads of `dim`, and for `tiles` tiles of keys and values.
+/// Room in a thread's arrays for units of `heads` heads of `dim` at once, and for `tiles` tiles of keys and
+/// values.
 ///
 /// # Errors
 /// No memory; heads too large for a row.
 pub(super) fn reserve<W: Word>(
     scratch: &mut AttentionScratch,
     dim: usize,
+    heads: usize,
     tiles: usize,
 ) -> Result<()> {
     /// Rows of the largest register tile.
     const STEP: usize = 8;
     check_dim::<W>(dim)?;
     let (key_words, value_words) = tile_words::<W>(dim);
-    scratch.queries.reserve(UNIT_ROWS * ROW_WORDS)?;
+    scratch.queries.reserve(heads * UNIT_ROWS * ROW_WORDS)?;
     scratch.probabilities.reserve(STEP * ROW_WORDS)?;
     scratch.keys.reserve(tiles * key_words)?;
     scratch.values.reserve(tiles * value_words)?;
@@ -131,7 +133,7 @@ pub(super) fn check_dim<W: Word>(dim: usize) -> Result<()> {
 
 /// Arrays of a unit, without those that hold keys and values.
 pub(super) struct UnitArrays<'a> {
-    pub(super) queries: &'a mut [u32],
+    pub(super) queries: &'a [u32],
     pub(super) probabilities: &'a mut [u32],
     pub(super) scores: &'a mut [f32],
     /// Sums `[rows, width]` of the current chunk.

@@ -29,8 +29,8 @@ pub(super) fn paged(
     out.fill(0.0);
     let units = units(inputs, qkv_cols, kv)?;
     compute.workspace.reserve(|scratch| match kv.format() {
-        CpuFormat::Bf16 => reserve::<Pairs>(&mut scratch.attention, dim, 1),
-        CpuFormat::F32 => reserve::<Singles>(&mut scratch.attention, dim, 1),
+        CpuFormat::Bf16 => reserve::<Pairs>(&mut scratch.attention, dim, 1, 1),
+        CpuFormat::F32 => reserve::<Singles>(&mut scratch.attention, dim, 1, 1),
     })?;
     let out = SharedOut::new(out);
     let run = |thread: usize, unit: usize, result: UnitResult<'_>| {
@@ -191,10 +191,11 @@ impl PagedUnit<'_> {
             self.scratch;
         let word = std::marker::PhantomData::<W>;
         let mut tiles = BlockTiles { kv: self.kv, blocks: self.blocks, keys, values, word };
+        // SAFETY: the caller's promise.
+        unsafe { pack_queries::<I, W>(map, self.qkv, queries) };
         let mut arrays = UnitArrays { queries, probabilities, scores, chunk };
         // SAFETY: the caller's promise.
         unsafe {
-            pack_queries::<I, W>(map, self.qkv, arrays.queries);
             match self.result {
                 UnitResult::Whole(out) => {
                     let states = attend::<I, W>(map, &mut tiles, &mut arrays, total);

@@ -21,12 +21,12 @@ fn on_every_path(check: impl Fn(&str, Make<'_>)) {
                 let mut b = CpuBackend::with_path(threads, format, path).unwrap();
                 let slot = |id| SlotSpec {
                     slot: SlotId(id),
-                    max_rows: 1600,
+                    max_rows: 2100,
                     cols: 700,
                     dtype: tessera_kernels::DType::F32,
                 };
                 let limits = StepLimits {
-                    max_tokens: 1600,
+                    max_tokens: 2100,
                     max_blocks_per_sequence: 200,
                     max_sequences: 4,
                     ..LIMITS
@@ -224,6 +224,28 @@ fn vit_item_alone_and_packed() {
             assert!(alone == packed[first * 160..(first + len) * 160], "{name}: {len} patches");
             first += len;
         }
+    });
+}
+
+#[test]
+fn equal_queries_of_a_long_segment_have_equal_results() {
+    // More rows than one thread takes at once.
+    let (len, dim) = (2100, 16);
+    let heads = HeadShape { num_heads: 1, head_dim: dim as u32 };
+    let mut qkv = Noise::new(65).values(len * 3 * dim);
+    let query = qkv[10 * 3 * dim..][..dim].to_vec();
+    qkv[2070 * 3 * dim..][..dim].copy_from_slice(&query);
+    on_every_path(|name, make| {
+        let mut b = make(2);
+        let (row_col, cu) = (vec![[0, 0]; len], vec![0, len as u32]);
+        let inputs = VisionInputs { row_col, cu_window: cu.clone(), cu_full: cu, inverse: vec![] };
+        b.upload_vision(&inputs).unwrap();
+        let (x, y) = (act(0, len, 3 * dim), act(1, len, dim));
+        set(&mut b, x, &qkv);
+        b.attention_varlen(x, heads, Segments::Full, y).unwrap();
+        let out = bits(&b.download(y).unwrap());
+        assert_eq!(out[10 * dim..11 * dim], out[2070 * dim..2071 * dim], "{name}");
+        assert_ne!(out[10 * dim..11 * dim], out[11 * dim..12 * dim], "{name}");
     });
 }
 
