@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tessera_kernels::cpu::{CpuLimits, Path};
-use tessera_kernels::{CpuFormat, Device};
+use tessera_kernels::{CpuFormat, DType, Device, UnknownDevice};
 
 use super::error::BenchError;
 use super::stats::Spread;
 use super::work::Work;
+use crate::error::Error;
 
 /// Bytes that are read to measure bandwidth: several times any cache.
 const READ_BYTES: usize = 256 << 20;
@@ -61,8 +62,30 @@ impl LimitMeter {
     }
 }
 
+/// The device that a flag names.
+///
+/// # Errors
+/// A name that is no device.
+pub fn parse_device(name: &str) -> Result<Device, Error> {
+    name.parse()
+        .map_err(|error: UnknownDevice| Error::Flag { flag: "--device", reason: error.to_string() })
+}
+
+/// For reports.
+pub fn device_as_text<S: Serializer>(device: &Device, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(device)
+}
+
+/// Type of weights and KV.
+pub fn dtype_of(device: Device) -> DType {
+    match format_of(device) {
+        CpuFormat::Bf16 => DType::Bf16,
+        CpuFormat::F32 => DType::F32,
+    }
+}
+
 /// What the numbers of a device are multiplied as.
-pub fn format_of(device: Device) -> CpuFormat {
+fn format_of(device: Device) -> CpuFormat {
     match device {
         Device::Cpu(format) => format,
         Device::Reference => CpuFormat::F32,

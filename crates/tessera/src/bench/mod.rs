@@ -4,12 +4,14 @@
 //! Every figure of the engine stands beside the limit of the machine, measured right before and after it: memory
 //! bandwidth and arithmetic move within minutes on shared machines, so only adjacent pairs compare.
 //!
-//! Modules: [`engine`] (the real engine in this process), [`serve`] (a load generator), `shape` (published model
+//! Modules: [`engine`] (the real engine in this process), [`serve`] (a load generator), [`kernels`] (each
+//! operation alone), `shape` (published model
 //! shapes), `work` (what a step has to read and multiply), `limits` (what the machine can do), `machine` (what it
 //! is), `stats`, `random` (seeded draws), `size`, `table`, [`error`].
 
 mod engine;
 pub mod error;
+mod kernels;
 mod limits;
 mod machine;
 mod random;
@@ -27,6 +29,7 @@ use serde::Serialize;
 
 use self::engine::EngineArgs;
 use self::error::BenchError;
+use self::kernels::KernelsArgs;
 use self::serve::ServeArgs;
 use crate::error::{Error, Result};
 
@@ -41,6 +44,8 @@ pub struct BenchArgs {
 enum BenchCommand {
     /// Run the engine in this process on any model shape and compare it with the machine's limits.
     Engine(EngineArgs),
+    /// Run each operation of a backend alone and compare it with its roofline.
+    Kernels(KernelsArgs),
     /// Put load on an OpenAI-compatible server, or on a Tessera router by gRPC.
     Serve(Box<ServeArgs>),
 }
@@ -50,6 +55,7 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     match &args.command {
         BenchCommand::Engine(args) => engine::run(args),
         BenchCommand::Serve(args) => serve::run(args),
+        BenchCommand::Kernels(args) => kernels::run(args),
     }
 }
 

@@ -23,13 +23,16 @@ impl Table {
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
-        let line = |row: &Vec<String>| {
-            let cells = row.iter().zip(&widths);
-            let cells: Vec<String> = cells.map(|(cell, width)| format!("{cell:>width$}")).collect();
-            format!("  {}\n", cells.join("  "))
-        };
-        self.rows.iter().map(line).collect()
+        self.rows.iter().map(|row| format_row(&widths, row) + "\n").collect()
     }
+}
+
+/// One line of right-aligned cells.
+pub fn format_row(widths: &[usize], cells: &[String]) -> String {
+    cells
+        .iter()
+        .zip(widths)
+        .fold(String::new(), |line, (cell, width)| format!("{line}  {cell:>width$}"))
 }
 
 /// A number with as many decimals as its size deserves.

@@ -94,7 +94,7 @@ fn attention_flops(text: &TextConfig, pairs: f64) -> f64 {
 }
 
 /// Pairs of positions inside the segments between prefix sums.
-fn pairs_within(cu: &[u32]) -> f64 {
+pub fn pairs_within(cu: &[u32]) -> f64 {
     cu.windows(2).map(|ends| f64::from(ends[1] - ends[0]).powi(2)).sum()
 }
 

@@ -9,7 +9,7 @@ use tessera_kernels::{DType, Device};
 use tessera_model::WeightSource;
 use tessera_scheduler::SchedulerConfig;
 
-use crate::bench::limits::format_of;
+use crate::bench::limits::{device_as_text, dtype_of, parse_device};
 use crate::bench::shape::Shape;
 use crate::bench::size::ImageSize;
 use crate::error::{Error, Result};
@@ -97,7 +97,7 @@ pub struct Plan {
     pub weights: String,
     #[serde(skip)]
     pub weight_source: WeightSource,
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "device_as_text")]
     pub device: Device,
     pub threads_per_rank: usize,
     pub tp: u32,
@@ -118,10 +118,6 @@ pub struct Plan {
     pub repeats: usize,
 }
 
-fn as_text<S: serde::Serializer>(device: &Device, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(device)
-}
-
 fn wrong(flag: &'static str, reason: impl Into<String>) -> Error {
     Error::Flag { flag, reason: reason.into() }
 }
@@ -134,10 +130,7 @@ impl EngineArgs {
     pub fn plan(&self) -> Result<Plan> {
         let shape = Shape::load(&self.shape, self.layers)?;
         let weight_source = self.weight_source(&shape)?;
-        let device: Device =
-            self.device.parse().map_err(|error: tessera_kernels::UnknownDevice| {
-                wrong("--device", error.to_string())
-            })?;
+        let device = parse_device(&self.device)?;
         let positive = [
             ("--tp", self.tp as usize),
             ("--threads", self.threads.unwrap_or(1)),
@@ -223,10 +216,7 @@ impl Plan {
 
     /// Type of weights and KV.
     pub fn dtype(&self) -> DType {
-        match format_of(self.device) {
-            tessera_kernels::CpuFormat::Bf16 => DType::Bf16,
-            tessera_kernels::CpuFormat::F32 => DType::F32,
-        }
+        dtype_of(self.device)
     }
 
     /// Output of one decode run, in tokens.

@@ -35,7 +35,7 @@ fn run_on<B: Backend>(
     report: &mut Report<'_>,
 ) -> Result<(), BenchError> {
     let config = &plan.shape.config;
-    let sizes = plan.vision.iter().map(|size| (*size, grid_of(*size, plan)));
+    let sizes = plan.vision.iter().map(|size| (*size, size.grid(&config.vision)));
     let sizes: Vec<(ImageSize, GridThw)> = sizes.collect();
     let max_patches = sizes.iter().map(|(_, grid)| grid.num_patches()).max().unwrap_or(0) as u32;
     let started = Instant::now();
@@ -67,13 +67,4 @@ fn run_on<B: Backend>(
         });
     }
     Ok(())
-}
-
-/// The grid of an image, its sides rounded to whole merge units.
-fn grid_of(size: ImageSize, plan: &Plan) -> GridThw {
-    let vision = &plan.shape.config.vision;
-    let merge = vision.spatial_merge_size as u32;
-    let unit = vision.patch_size as u32 * merge;
-    let patches = |side: u32| ((side + unit / 2) / unit).max(1) * merge;
-    GridThw { t: 1, h: patches(size.height), w: patches(size.width) }
 }
