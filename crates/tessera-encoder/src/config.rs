@@ -34,6 +34,9 @@ pub struct EncoderConfig {
     pub max_queued_pixels: u64,
     /// Patches of one forward pass; also the largest media item.
     pub max_batch_patches: u32,
+    /// Time for warming up before the worker serves, in ms: items double in size up to the largest while
+    /// they fit. 0: none.
+    pub warm_up_ms: u32,
     /// Threads that decode and resize.
     pub prepare_threads: usize,
     /// How long an encoded item waits to be pulled before it may be evicted.
@@ -69,6 +72,7 @@ impl Default for EncoderConfig {
             max_media_bytes: 512 << 20,
             max_queued_pixels: 256 << 20,
             max_batch_patches: 65_536,
+            warm_up_ms: 1_000,
             prepare_threads: 2,
             hold_ms: 60_000,
             lease_ttl_seconds: 10,

@@ -28,6 +28,8 @@ pub enum EncoderError {
     Serve(#[source] tonic::transport::Error),
     #[error("the vision thread ended")]
     VisionThreadEnded,
+    #[error("the vision tower failed to warm up")]
+    WarmUp(#[source] EncodeError),
 }
 
 /// Why one media item was not encoded. Shared by all requests that joined in the same encode.

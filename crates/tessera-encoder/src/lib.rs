@@ -12,8 +12,8 @@
 //! - A bad media item fails its own request only.
 //!
 //! Modules: [`config`], [`error`], [`metrics`], [`ingest`] (the request stream), [`cache`],
-//! [`vision`] (the vision thread), [`tower`] (the model on a backend), [`service`] (gRPC),
-//! [`member`] (registration).
+//! [`vision`] (the vision thread), [`tower`] (the model on a backend), [`warm_up`] (before it serves),
+//! [`service`] (gRPC), [`member`] (registration).
 
 pub mod cache;
 pub mod config;
@@ -24,11 +24,13 @@ pub mod metrics;
 pub mod service;
 pub mod tower;
 pub mod vision;
+pub mod warm_up;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tessera_model::ModelConfig;
+use tessera_processor::ProcessorConfig;
 use tessera_proto::encoder::v1::encoder_server::EncoderServer;
 use tessera_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES};
 use tessera_telemetry::{AdminServer, ReadyState, Registry};
@@ -46,6 +48,9 @@ use crate::vision::VisionHandle;
 
 /// How often a draining encoder looks whether everything was pulled.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
+
+/// An image that takes longer is worth a warning.
+const SLOW_IMAGE: Duration = Duration::from_secs(60);
 
 /// Runs an encoder until `shutdown` completes: loads the tower, serves, registers; at the end
 /// leaves the store, refuses new items, waits for issued embeddings to be pulled, stops.
@@ -68,13 +73,14 @@ pub async fn run(
     let source = config.model.clone();
     let model = ModelConfig::from_dir(&source.directory)
         .map_err(|error| EncoderError::Model(error.into()))?;
-    let processor = tessera_processor::ProcessorConfig::load(&source.directory)
+    let processor = ProcessorConfig::load(&source.directory)
         .map_err(|error| EncoderError::Model(error.into()))?;
     let (device, threads) = (config.parse_device()?, config.threads);
     let identity = tower::identify(&model, &source.weights, device)?;
     let max_patches = config.max_batch_patches;
     let load = move || tower::load(&model, &source.weights, max_patches, device, threads);
     let vision = VisionHandle::start(load, max_patches, metrics.clone()).await?;
+    warm_up(&config, &vision, &processor).await?;
     let service = EncoderService::new(config.clone(), identity, processor.recipe, vision, metrics);
 
     let admin_service = service.clone();
@@ -105,6 +111,30 @@ pub async fn run(
         tracing::warn!(%error, "admin server failed");
     }
     result.and(served)
+}
+
+/// Encodes blank items, and says how long the largest image of the checkpoint takes at least.
+async fn warm_up(
+    config: &EncoderConfig,
+    vision: &VisionHandle,
+    processor: &ProcessorConfig,
+) -> Result<(), EncoderError> {
+    let budget = Duration::from_millis(config.warm_up_ms.into());
+    let warm = warm_up::warm_up(vision, &processor.recipe, budget).await?;
+    let patch_pixels = u64::from(processor.recipe.patch.patch_size).pow(2);
+    let largest =
+        (processor.pixel_bounds.max_pixels / patch_pixels).min(vision.max_patches().into());
+    let (patches, forward_ms) = (warm.patches, warm.forward.as_millis() as u64);
+    let largest_ms = warm.estimate(largest).map(|time| time.as_millis() as u64);
+    tracing::info!(patches, forward_ms, largest, largest_ms, "vision tower is warm");
+    if warm.estimate(largest).is_some_and(|time| time > SLOW_IMAGE) {
+        tracing::warn!(
+            largest_ms,
+            max_pixels = processor.pixel_bounds.max_pixels,
+            "the largest image takes long on this device; clients can lower max_pixels"
+        );
+    }
+    Ok(())
 }
 
 async fn until(mut stopped: watch::Receiver<bool>) {
