@@ -102,8 +102,8 @@ pub fn tool_grammar(
         (false, None) if is_strict => {}
         (false, _) => return Ok(answer.cloned()),
     }
-    let tags = tags.ok_or(ProcessorError::NoToolTags)?;
-    let calls = calls_rule(&chosen, tool_use, tags);
+    tags.ok_or(ProcessorError::NoToolTags)?;
+    let calls = calls_rule(&chosen, tool_use);
     let start = match (tool_use.is_forced(), answer) {
         (true, _) => "start: calls\n".to_owned(),
         (false, Some(Grammar::JsonSchema(schema))) => {
@@ -140,21 +140,27 @@ fn chosen_tools<'t>(
     }
 }
 
-/// `calls` and what it is made of, in llguidance's Lark. Tags are named by id: they are no special tokens
-/// of the published vocabulary, and as text they would be ambiguous.
-fn calls_rule(tools: &[&Value], tool_use: &ToolUse, tags: ToolTags) -> String {
-    let ToolTags { open, close } = tags;
+/// `calls` and what it is made of, in llguidance's Lark. Tags stand there as tokens, without quotes: as text
+/// they would be other tokens, and no tags.
+fn calls_rule(tools: &[&Value], tool_use: &ToolUse) -> String {
     let more = if tool_use.is_parallel() { " (\"\\n\" call)*" } else { "" };
     let alternatives: Vec<String> = (0..tools.len()).map(|i| format!("body_{i}")).collect();
     let mut lark = format!(
-        "calls: call{more}\ncall: <[{open}]> \"\\n\" body \"\\n\" <[{close}]>\nbody: {}\n",
+        "calls: call{more}\ncall: {OPEN} \"\\n\" body \"\\n\" {CLOSE}\nbody: {}\n",
         alternatives.join(" | ")
     );
     for (i, tool) in tools.iter().enumerate() {
         let name = Value::String(name_of(tool).to_owned());
         let head = quoted(&format!("{{\"name\": {name}, \"arguments\": "));
         let is_held = tool_use.is_forced() || is_strict(tool);
-        let schema = if is_held { arguments_schema(tool) } else { json!({"type": "object"}) };
+        let mut schema = if is_held { arguments_schema(tool) } else { json!({"type": "object"}) };
+        let options = json!({
+            // The spacing of the template, which also bounds the white space.
+            "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": ",
+            // Only a strict function insists on keywords that cannot be kept to.
+            "lenient": !is_strict(tool),
+        });
+        schema["x-guidance"] = options;
         // Schemas of their own, not one schema of all calls: references inside count from their root.
         lark += &format!("body_{i}: {head} arguments_{i} \"}}\"\narguments_{i}: %json {schema}\n");
     }
@@ -212,16 +218,18 @@ mod tests {
         let expected = concat!(
             "start: calls\n",
             "calls: call (\"\\n\" call)*\n",
-            "call: <[7]> \"\\n\" body \"\\n\" <[8]>\n",
+            "call: <tool_call> \"\\n\" body \"\\n\" </tool_call>\n",
             "body: body_0 | body_1\n",
             r#"body_0: "{\"name\": \"f\", \"arguments\": " arguments_0 "}""#,
             "\n",
-            r#"arguments_0: %json {"type":"object","properties":{"a":{"type":"integer"}}}"#,
-            "\n",
+            r#"arguments_0: %json {"type":"object","properties":{"a":{"type":"integer"}},"#,
+            r#""x-guidance":{"whitespace_flexible":false,"item_separator":", ","key_separator":": ","#,
+            "\"lenient\":true}}\n",
             r#"body_1: "{\"name\": \"g\\\"\", \"arguments\": " arguments_1 "}""#,
             "\n",
-            r#"arguments_1: %json {"type":"object","additionalProperties":false}"#,
-            "\n",
+            r#"arguments_1: %json {"type":"object","additionalProperties":false,"#,
+            r#""x-guidance":{"whitespace_flexible":false,"item_separator":", ","key_separator":": ","#,
+            "\"lenient\":true}}\n",
         );
         assert_eq!(grammar, expected);
         let single = ToolUse { choice: ToolChoice::Required, parallel: false };
@@ -233,7 +241,7 @@ mod tests {
         let tools = [tool("f", json!({})), tool("g", json!({"parameters": {"required": ["x"]}}))];
         let grammar = lark(&tools, &using(ToolChoice::Function("g".to_owned())), None);
         assert!(grammar.contains("calls: call\n") && !grammar.contains("\\\"f\\\""), "{grammar}");
-        assert!(grammar.contains(r#"%json {"required":["x"],"type":"object"}"#), "{grammar}");
+        assert!(grammar.contains(r#"%json {"required":["x"],"type":"object","x-g"#), "{grammar}");
     }
 
     #[test]
@@ -250,8 +258,9 @@ mod tests {
         ];
         let grammar = lark(&strict, &ToolUse::default(), None);
         assert!(grammar.starts_with("start: calls | TEXT calls | TEXT?\n"), "{grammar}");
-        assert!(grammar.contains(r#"arguments_0: %json {"type":"object","x":1}"#), "{grammar}");
-        assert!(grammar.contains(r#"arguments_1: %json {"type":"object"}"#), "{grammar}");
+        assert!(grammar.contains(r#"arguments_0: %json {"type":"object","x":1,"#), "{grammar}");
+        assert!(grammar.contains(r#"arguments_1: %json {"type":"object","x-g"#), "{grammar}");
+        assert!(grammar.contains("\"lenient\":false"), "{grammar}");
     }
 
     #[test]
