@@ -10,7 +10,7 @@
 //!
 //! Modules: [`config`], [`error`], [`metrics`]; [`service`] (gRPC `Decoder`), [`generate`] (one attempt),
 //! [`fetch`] (embeddings from encoders), `plans` (gRPC `Group`), `server`; `lifecycle` (formation, epochs,
-//! drain), `shard` (weights), `worker` (the ranks), `leading`, `following` and `fragments` (plan streams),
+//! drain), `shard` (weights), `loading` (their progress), `worker` (the ranks), `leading`, `following` and `fragments` (plan streams),
 //! `communicators`, `canary`, `probe`, `mailbox`, `slot_lock`, `clock`.
 
 mod canary;
@@ -24,6 +24,7 @@ mod fragments;
 pub mod generate;
 mod leading;
 mod lifecycle;
+mod loading;
 mod mailbox;
 pub mod metrics;
 mod plans;
@@ -51,6 +52,7 @@ use tokio_util::task::TaskTracker;
 
 pub use config::DecoderConfig;
 pub use error::DecoderError;
+pub use loading::LoadObserver;
 
 use crate::fetch::EncoderPool;
 use crate::generate::Attempts;
@@ -78,6 +80,18 @@ pub async fn run(
     config: DecoderConfig,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), DecoderError> {
+    run_observed(config, loading::logged(), shutdown).await
+}
+
+/// The same; the progress of loading goes to `observe` instead of the log.
+///
+/// # Errors
+/// As for [`run`].
+pub async fn run_observed(
+    config: DecoderConfig,
+    observe: LoadObserver,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), DecoderError> {
     config.validate()?;
     let cluster = ClusterName::new(&config.cluster.name)?;
     let group = GroupName::new(&config.group)?;
@@ -99,7 +113,7 @@ pub async fn run(
 
     tokio::pin!(shutdown);
     let prepared = tokio::select! {
-        prepared = prepare(&config) => prepared,
+        prepared = prepare(&config, observe) => prepared,
         () = &mut shutdown => return Ok(()),
     };
     let (lock, shard) = prepared?;
@@ -184,10 +198,13 @@ pub async fn run(
 }
 
 /// The slot's lock first: two processes of one slot must not hold its weights at the same time.
-async fn prepare(config: &DecoderConfig) -> Result<(Option<SlotLock>, Shard), DecoderError> {
+async fn prepare(
+    config: &DecoderConfig,
+    observe: LoadObserver,
+) -> Result<(Option<SlotLock>, Shard), DecoderError> {
     let lock = SlotLock::take(config).await.map_err(DecoderError::SlotLock)?;
     let config = config.clone();
-    let loaded = tokio::task::spawn_blocking(move || shard::load(&config)).await;
+    let loaded = tokio::task::spawn_blocking(move || shard::load(&config, observe)).await;
     Ok((lock, loaded.map_err(|_| DecoderError::Panicked)??))
 }
 

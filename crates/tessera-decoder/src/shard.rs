@@ -15,6 +15,7 @@ use tessera_types::{NumericsId, Rank};
 
 use crate::config::DecoderConfig;
 use crate::error::DecoderError;
+use crate::loading::LoadObserver;
 
 /// Ranks whose weights are in place, and what follows from them.
 pub(crate) struct Shard {
@@ -35,7 +36,7 @@ fn model_error(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> De
 /// # Errors
 /// A broken checkpoint, by file and field or tensor; a tensor-parallel degree the model cannot be split
 /// to; a KV cache that holds no block.
-pub(crate) fn load(config: &DecoderConfig) -> Result<Shard, DecoderError> {
+pub(crate) fn load(config: &DecoderConfig, observe: LoadObserver) -> Result<Shard, DecoderError> {
     let started = Instant::now();
     let source = &config.model;
     let model = Arc::new(ModelConfig::from_dir(&source.directory).map_err(model_error)?);
@@ -62,7 +63,7 @@ pub(crate) fn load(config: &DecoderConfig) -> Result<Shard, DecoderError> {
     };
     let first = config.first_rank();
     let specs = (first..first + config.ranks_per_process).map(spec).collect();
-    let ranks = load_ranks(config, specs)?;
+    let ranks = load_ranks(config, specs, observe)?;
     let num_kv_blocks = num_kv_blocks(config, &ranks)?;
     let numerics = numerics_of(&ranks);
     tracing::info!(
@@ -98,15 +99,22 @@ pub(crate) fn load(config: &DecoderConfig) -> Result<Shard, DecoderError> {
     })
 }
 
-fn load_ranks(config: &DecoderConfig, specs: Vec<RankSpec>) -> Result<LocalRanks, DecoderError> {
+fn load_ranks(
+    config: &DecoderConfig,
+    specs: Vec<RankSpec>,
+    mut observe: LoadObserver,
+) -> Result<LocalRanks, DecoderError> {
     let loaded = match config.parse_device()? {
-        Device::Reference => LocalRanks::load(specs, |_| Ok(ReferenceBackend::new())),
+        Device::Reference => {
+            LocalRanks::load_observed(specs, |_| Ok(ReferenceBackend::new()), &mut observe)
+        }
         Device::Cpu(format) => {
             let threads = match config.threads {
                 0 => available_cores() / specs.len().max(1),
                 threads => threads,
             };
-            LocalRanks::load(specs, move |_| CpuBackend::new(threads.max(1), format))
+            let make_backend = move |_| CpuBackend::new(threads.max(1), format);
+            LocalRanks::load_observed(specs, make_backend, &mut observe)
         }
     };
     loaded.map_err(model_error)

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, TrySendError, bounded};
 use tessera_collective::{AbortHandle, Communicator};
 use tessera_kernels::{Backend, Readback};
+use tessera_model::{LoadMeter, LoadProgress};
 use tessera_types::{EmbeddingKey, Epoch, LateInputs, Rank, StepId, StepPlan};
 
 use crate::error::{ExecutorError, RankError};
@@ -18,6 +19,9 @@ use crate::rank_thread::{
 
 /// How often a wait for a rank looks at the epoch's abort handle.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How often the progress of loading is told.
+const LOAD_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Reports that wait for the owner. Ranks never wait for it: what does not fit is dropped, which can
 /// only happen to an owner that no longer reads.
@@ -56,22 +60,46 @@ impl LocalRanks {
         B: Backend,
         F: Fn(Rank) -> tessera_kernels::Result<B> + Clone + Send + 'static,
     {
+        Self::load_observed(specs, make_backend, &mut |_| {})
+    }
+
+    /// The same; meanwhile `observe` is told a few times a second how far all ranks together are, and
+    /// once more at the end.
+    ///
+    /// # Errors
+    /// As for [`LocalRanks::load`].
+    pub fn load_observed<B, F>(
+        specs: Vec<RankSpec>,
+        make_backend: F,
+        observe: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, RankError>
+    where
+        B: Backend,
+        F: Fn(Rank) -> tessera_kernels::Result<B> + Clone + Send + 'static,
+    {
+        let meter = LoadMeter::default();
         let (sender, reports) = bounded(REPORTS_PER_RANK * specs.len().max(1));
         let mut loading = Vec::with_capacity(specs.len());
         for spec in specs {
             let (make_backend, sender, rank) = (make_backend.clone(), sender.clone(), spec.rank);
             let report = Box::new(move |report| drop(sender.try_send(report)));
-            loading.push(LoadingRank::spawn(spec, move || make_backend(rank), report)?);
+            let make_backend = move || make_backend(rank);
+            loading.push(LoadingRank::spawn(spec, make_backend, meter.clone(), report)?);
         }
-        let ranks = loading.into_iter().map(|loading| {
+        let ranks = loading.into_iter().map(|mut loading| {
             let rank = loading.rank();
-            let loaded = loading.wait();
+            while !loading.wait_for(LOAD_INTERVAL) {
+                observe(meter.progress());
+            }
+            let loaded = loading.finish();
             if let Err(error) = &loaded {
                 tracing::error!(rank = rank.0, error = %crate::error::chain(error), "rank could not be loaded");
             }
             loaded
         });
-        Ok(Self { ranks: ranks.collect::<Result<_, RankError>>()?, reports, epoch: None })
+        let ranks = ranks.collect::<Result<_, RankError>>()?;
+        observe(meter.progress());
+        Ok(Self { ranks, reports, epoch: None })
     }
 
     /// The ranks, ascending.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tessera_collective::{AbortHandle, Communicator};
 use tessera_kernels::{Act, Backend, HostRows, Readback, SampleRow, SamplerSequence, StepLimits};
-use tessera_model::{Decoder, ModelConfig, TpSplit, WeightSource, Weights};
+use tessera_model::{Decoder, LoadMeter, ModelConfig, TpSplit, WeightSource, Weights};
 use tessera_scheduler::{SequenceTable, TableLimits};
 use tessera_types::{EmbeddingKey, Epoch, LateInputs, Rank, SequenceSlot, StepId, StepPlan};
 
@@ -85,11 +85,11 @@ pub struct Completed {
 }
 
 impl<B: Backend> RankWorker<B> {
-    /// Loads this rank's share of the language model. Joins no epoch yet.
+    /// Loads this rank's share of the language model, counting in `meter`. Joins no epoch yet.
     ///
     /// # Errors
     /// A tensor that is missing or misshapen, an impossible degree, a block size the backend lacks.
-    pub fn load(mut backend: B, spec: &RankSpec) -> Result<Self> {
+    pub fn load(mut backend: B, spec: &RankSpec, meter: &LoadMeter) -> Result<Self> {
         let block_sizes = &backend.caps().block_sizes;
         if !block_sizes.is_empty() && !block_sizes.contains(&spec.block_size) {
             return Err(RankError::BlockSize { block_size: spec.block_size });
@@ -97,7 +97,7 @@ impl<B: Backend> RankWorker<B> {
         let text = &spec.model.text;
         let split = TpSplit::new(text, spec.rank, spec.world_size)
             .map_err(tessera_model::ModelError::from)?;
-        let mut weights = Weights::open(&spec.weights, &spec.model)?;
+        let mut weights = Weights::open(&spec.weights, &spec.model)?.with_meter(meter);
         let decoder = Decoder::load(&mut backend, text, &split, &spec.limits, &mut weights)?;
         Ok(Self {
             rank: spec.rank,

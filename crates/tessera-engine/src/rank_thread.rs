@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use tessera_collective::Communicator;
 use tessera_kernels::{Backend, MemoryReport, Progress, Readback};
+use tessera_model::LoadMeter;
 use tessera_types::{EmbeddingKey, Epoch, LateInputs, NumericsId, Rank, StepId, StepPlan};
 
 use crate::error::{RankError, chain};
@@ -109,11 +110,16 @@ pub struct RankHandle {
     thread: Option<JoinHandle<()>>,
 }
 
+/// What a rank's thread says once, when its weights are in place or cannot be had.
+type Loaded = Result<(RankInfo, RankProgress), RankError>;
+
 /// A rank that is being loaded on its own thread.
 pub struct LoadingRank {
     rank: Rank,
     commands: Sender<RankCommand>,
-    loaded: Receiver<Result<(RankInfo, RankProgress), RankError>>,
+    loaded: Receiver<Loaded>,
+    /// What came out of `loaded`.
+    outcome: Option<Loaded>,
     thread: JoinHandle<()>,
 }
 
@@ -126,6 +132,7 @@ impl LoadingRank {
     pub(crate) fn spawn<B, F>(
         spec: RankSpec,
         make_backend: F,
+        meter: LoadMeter,
         report: ReportSink,
     ) -> Result<Self, RankError>
     where
@@ -135,7 +142,7 @@ impl LoadingRank {
         let (commands, inbox) = bounded(QUEUE_CAPACITY);
         let (loaded_sender, loaded) = bounded(1);
         let rank = spec.rank;
-        let load = move || RankWorker::load(make_backend()?, &spec);
+        let load = move || RankWorker::load(make_backend()?, &spec, &meter);
         let body = move || match load() {
             Err(error) => drop(loaded_sender.send(Err(error))),
             Ok(worker) => {
@@ -156,22 +163,31 @@ impl LoadingRank {
             }
         };
         let thread = std::thread::Builder::new().name(format!("rank-{rank}")).spawn(body);
-        Ok(Self { rank, commands, loaded, thread: thread.map_err(RankError::Spawn)? })
+        let thread = thread.map_err(RankError::Spawn)?;
+        Ok(Self { rank, commands, loaded, outcome: None, thread })
+    }
+
+    /// Waits for the rank for a while. True: it is loaded, or could not be.
+    pub(crate) fn wait_for(&mut self, timeout: Duration) -> bool {
+        if self.outcome.is_none() {
+            self.outcome = match self.loaded.recv_timeout(timeout) {
+                Ok(outcome) => Some(outcome),
+                Err(RecvTimeoutError::Disconnected) => Some(Err(RankError::LoadPanicked)),
+                Err(RecvTimeoutError::Timeout) => None,
+            };
+        }
+        self.outcome.is_some()
     }
 
     /// Waits until the rank is loaded.
     ///
     /// # Errors
     /// What loading met, with file and tensor.
-    pub(crate) fn wait(self) -> Result<RankHandle, RankError> {
-        let Self { commands, loaded, thread, .. } = self;
-        match loaded.recv() {
-            Ok(Ok((info, progress))) => {
-                Ok(RankHandle { info, progress, commands: Some(commands), thread: Some(thread) })
-            }
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(RankError::LoadPanicked),
-        }
+    pub(crate) fn finish(self) -> Result<RankHandle, RankError> {
+        let Self { commands, loaded, outcome, thread, .. } = self;
+        let outcome = outcome.or_else(|| loaded.recv().ok());
+        let (info, progress) = outcome.unwrap_or(Err(RankError::LoadPanicked))?;
+        Ok(RankHandle { info, progress, commands: Some(commands), thread: Some(thread) })
     }
 
     pub(crate) fn rank(&self) -> Rank {
