@@ -116,6 +116,11 @@ impl FakeModel {
         }
     }
 
+    /// The epoch whose plans it takes.
+    pub fn epoch(&self) -> Epoch {
+        self.ranks.first().map_or(Epoch(0), |rank| rank.table.epoch())
+    }
+
     /// The embedding of `key` may be read from now on.
     pub fn install_embedding(&mut self, key: EmbeddingKey) {
         self.embeddings.insert(key);

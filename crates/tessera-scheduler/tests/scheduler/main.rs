@@ -2,4 +2,6 @@
 
 mod properties;
 mod scheduling;
+mod sharing;
 mod support;
+mod tenants;

@@ -94,6 +94,9 @@ pub struct Seen {
     pub request: SequenceRequest,
     /// Tokens reported, forced output not included.
     pub tokens: Vec<TokenId>,
+    /// Of them those of earlier epochs.
+    pub num_moved: usize,
+    /// Of this epoch.
     pub prompt_logprobs: Vec<TokenLogprobs>,
     pub finished: Option<FinishReason>,
     pub aborted: bool,
@@ -101,12 +104,23 @@ pub struct Seen {
     pub missing: BTreeSet<u32>,
 }
 
+fn seen_key(seen: &Seen, item: u32) -> EmbeddingKey {
+    seen.request.prompt.media[item as usize].embedding_key
+}
+
 pub struct Driver {
     pub scheduler: Scheduler,
     pub model: FakeModel,
     pub seen: BTreeMap<SequenceId, Seen>,
     in_flight: VecDeque<StepOutput>,
+    /// Embeddings in place; they outlive epochs.
+    installed: BTreeSet<EmbeddingKey>,
+    /// The one that is being given to every sequence, and those that asked for it meanwhile.
+    present: Option<EmbeddingKey>,
+    answers: Vec<(SequenceId, u32)>,
     pub num_steps: usize,
+    /// Tokens computed, over all steps.
+    pub num_tokens: usize,
     /// Admissions that found their beginning in the prefix cache.
     pub num_hits: usize,
 }
@@ -122,21 +136,26 @@ impl Driver {
             model,
             seen: BTreeMap::new(),
             in_flight: VecDeque::new(),
+            installed: BTreeSet::new(),
+            present: None,
+            answers: Vec::new(),
             num_steps: 0,
+            num_tokens: 0,
             num_hits: 0,
         }
     }
 
     pub fn add(&mut self, request: SequenceRequest) -> Result<(), AddError> {
-        self.scheduler.add(request.clone())?;
         let seen = Seen {
             tokens: Vec::new(),
+            num_moved: 0,
             prompt_logprobs: Vec::new(),
             finished: None,
             aborted: false,
             missing: BTreeSet::new(),
-            request,
+            request: request.clone(),
         };
+        self.scheduler.add(request)?;
         self.seen.insert(seen.request.sequence, seen);
         self.take_events();
         Ok(())
@@ -147,6 +166,7 @@ impl Driver {
         let seen = self.seen.get_mut(&sequence).expect("an accepted sequence");
         assert_eq!(known, seen.finished.is_none());
         seen.aborted |= known;
+        seen.missing.clear();
         self.take_events();
     }
 
@@ -154,10 +174,70 @@ impl Driver {
     pub fn media_arrives(&mut self, sequence: SequenceId) -> bool {
         let seen = self.seen.get_mut(&sequence).expect("an accepted sequence");
         let Some(item) = seen.missing.pop_first() else { return false };
-        let span = &seen.request.prompt.media[item as usize];
-        self.model.install_embedding(span.embedding_key);
+        self.install(seen_key(&self.seen[&sequence], item));
         self.scheduler.media_arrived(sequence, item);
+        self.take_events();
         true
+    }
+
+    /// The same, and as in the engine every sequence that names the embedding has it.
+    pub fn media_arrives_for_all(&mut self, sequence: SequenceId) -> bool {
+        let seen = self.seen.get_mut(&sequence).expect("an accepted sequence");
+        let Some(item) = seen.missing.pop_first() else { return false };
+        let key = seen_key(&self.seen[&sequence], item);
+        self.install(key);
+        self.present = Some(key);
+        let named_by = |(&id, seen): (&SequenceId, &Seen)| {
+            let spans = seen.request.prompt.media.iter().filter(|span| span.embedding_key == key);
+            spans.map(|span| (id, span.item)).collect::<Vec<_>>()
+        };
+        let mut waiting: VecDeque<_> = self.seen.iter().flat_map(named_by).collect();
+        while let Some((id, item)) = waiting.pop_front() {
+            self.seen.get_mut(&id).expect("known").missing.remove(&item);
+            self.scheduler.media_arrived(id, item);
+            self.take_events();
+            waiting.extend(self.answers.drain(..));
+        }
+        self.present = None;
+        true
+    }
+
+    fn install(&mut self, key: EmbeddingKey) {
+        self.installed.insert(key);
+        self.model.install_embedding(key);
+    }
+
+    /// The epoch ends in the middle of whatever is in flight, and what was not finished comes back with its
+    /// output in the next one.
+    pub fn new_epoch(&mut self, num_blocks: u32) {
+        let epoch = self.model.epoch().next();
+        let dropped = self.scheduler.end_epoch();
+        self.in_flight.clear();
+        let limits = self.scheduler.config().table_limits(num_blocks);
+        self.model = FakeModel::new(limits, epoch, 2, VOCAB_SIZE);
+        self.installed.iter().for_each(|&key| self.model.install_embedding(key));
+        self.scheduler.begin_epoch(epoch, num_blocks);
+        for id in dropped {
+            let seen = self.seen.get_mut(&id).expect("an accepted sequence");
+            assert_eq!(seen.finished, None, "dropped after its end");
+            seen.missing.clear();
+            seen.prompt_logprobs.clear();
+            seen.num_moved = seen.tokens.len();
+            let mut request = seen.request.clone();
+            request.output.extend_from_slice(&seen.tokens);
+            if let Err(error) = self.scheduler.add(request) {
+                let full = matches!(
+                    error,
+                    AddError::QueueFull { .. }
+                        | AddError::TenantQueueFull { .. }
+                        | AddError::NeverFits { .. }
+                );
+                assert!(full, "{error}");
+                let seen = self.seen.get_mut(&id).expect("known");
+                (seen.aborted, seen.finished) = (true, Some(FinishReason::Cancelled));
+            }
+        }
+        self.take_events();
     }
 
     /// The engine's turn. Returns the plan made.
@@ -176,6 +256,7 @@ impl Driver {
             let output = self.model.sample(plan.step, &LateInputs::default());
             self.in_flight.push_back(output.expect("a forwarded step"));
             self.num_steps += 1;
+            self.num_tokens += plan.num_tokens();
             self.num_hits += plan.admitted.iter().filter(|a| a.num_computed_tokens > 0).count();
         }
         if depth == 1 {
@@ -246,7 +327,7 @@ impl Driver {
             return assert!(seen.prompt_logprobs.is_empty(), "nobody asked");
         };
         let mut expected = self.model.expected_prompt_logprobs(&request.prompt, top);
-        if seen.tokens.is_empty() {
+        if seen.tokens.len() == seen.num_moved {
             expected.truncate(seen.prompt_logprobs.len());
         }
         assert_eq!(seen.prompt_logprobs, expected, "sequence {}", request.sequence);
@@ -261,21 +342,36 @@ impl Driver {
 
     fn check_plan(&self, plan: &StepPlan) {
         let config = self.scheduler.config();
-        assert!(plan.num_tokens() <= config.max_tokens_per_step as usize, "the budget is broken");
+        let budget = self.scheduler.token_budget();
+        assert!(budget <= config.max_tokens_per_step, "the hard bound is broken");
+        assert!(plan.num_tokens() <= budget as usize, "the budget is broken");
         assert!(plan.scheduled.len() <= config.num_slots() as usize);
+    }
+
+    /// Whether some sequence was asked for the embedding, which has not come.
+    fn is_awaited(&self, key: EmbeddingKey) -> bool {
+        self.seen.values().any(|seen| seen.missing.iter().any(|&item| seen_key(seen, item) == key))
     }
 
     fn take_events(&mut self) {
         for event in self.scheduler.take_events() {
             match event {
                 SequenceEvent::MediaNeeded { sequence, items } => {
-                    self.seen.get_mut(&sequence).expect("known").missing.extend(items);
+                    for item in items {
+                        let key = seen_key(&self.seen[&sequence], item);
+                        if self.present == Some(key) {
+                            self.answers.push((sequence, item));
+                            continue;
+                        }
+                        assert!(!self.is_awaited(key), "asked for again while on its way");
+                        self.seen.get_mut(&sequence).expect("known").missing.insert(item);
+                    }
                 }
                 SequenceEvent::Admitted { .. } => {}
                 SequenceEvent::PromptLogprobs { sequence, first_token, tokens } => {
                     let seen = self.seen.get_mut(&sequence).expect("known");
                     assert_eq!(seen.finished, None, "prompt logprobs after the end");
-                    assert!(seen.tokens.is_empty(), "prompt logprobs after a token");
+                    assert_eq!(seen.tokens.len(), seen.num_moved, "prompt logprobs after a token");
                     let next = 1 + seen.prompt_logprobs.len();
                     assert_eq!(first_token as usize, next, "lost or repeated");
                     seen.prompt_logprobs.extend(tokens);
@@ -290,6 +386,7 @@ impl Driver {
                 SequenceEvent::Finished { sequence, reason, num_output_tokens, .. } => {
                     let seen = self.seen.get_mut(&sequence).expect("known");
                     assert_eq!(seen.finished.replace(reason), None, "finished twice");
+                    seen.missing.clear();
                     let total = seen.request.output.len() + seen.tokens.len();
                     assert_eq!(num_output_tokens as usize, total);
                 }
