@@ -141,6 +141,11 @@ pub struct Caps {
 
 /// A device that runs the model. See the module documentation for the rules all operations share.
 ///
+/// Quantised linears need no other operations: [`LinearSpec::format`] says how a linear is stored in the
+/// checkpoint, [`Backend::Linear`] holds codes and scales as the backend likes, [`Backend::input_kind`] says
+/// whether its input is to be quantised per row, and the producer of that input writes it so ([`Act::kind`]). The
+/// model passes all three on and branches on none.
+///
 /// Shapes are local to the rank. `T` tokens, `H` hidden, `I` local intermediate, `P` patches, `R` logit
 /// rows, `V/tp` local vocabulary rows, `hq`/`hkv` local query/KV heads. The residual stream is f32.
 pub trait Backend: Sized + 'static {

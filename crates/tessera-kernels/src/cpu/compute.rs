@@ -32,6 +32,11 @@ impl Compute {
             threads => items.min(threads * PARTS_PER_THREAD),
         }
     }
+
+    /// Spreads rows over the threads, one by one.
+    pub(super) fn for_rows(&self) -> impl Fn(usize, &(dyn Fn(usize) + Sync)) + '_ {
+        |rows, body| self.pool.run(rows, &|_, row| body(row))
+    }
 }
 
 /// Part `part` of `items` cut into `parts` contiguous parts.

@@ -38,8 +38,7 @@ mod segments;
 mod softmax;
 mod word;
 
-use tessera_collective::Communicator;
-use tessera_types::{Hash256, NumericsId, TokenId};
+use tessera_types::{Hash256, NumericsId};
 
 use self::compute::Compute;
 use self::memory::Buffer;
@@ -47,10 +46,8 @@ use self::rope::AngleTable;
 use crate::act::DType;
 use crate::backend::{Caps, HeadShape, RopeSpec};
 use crate::error::{KernelError, Result};
-use crate::inputs::{Readback, StepInputs, StepLimits, TokenSource, VisionInputs};
-use crate::progress::Progress;
-use crate::reference::sampler::Sampler;
-use crate::reference::slots::Slots;
+use crate::inputs::Readback;
+use crate::reference::host::HostState;
 
 pub use self::isa::Path;
 pub use self::kv::CpuKv;
@@ -72,18 +69,11 @@ pub struct CpuBackend {
     caps: Caps,
     format: CpuFormat,
     compute: Compute,
-    limits: StepLimits,
-    slots: Slots,
-    inputs: StepInputs,
-    vision: VisionInputs,
+    host: HostState,
     /// Partial result of a row-parallel linear, which the ranks sum.
     partial: Buffer<f32>,
     decoder_angles: AngleTable<(RopeSpec, u32)>,
     vision_angles: AngleTable<HeadShape>,
-    communicator: Communicator,
-    sampler: Sampler,
-    readback: Readback,
-    progress: Progress,
 }
 
 impl CpuBackend {
@@ -125,30 +115,16 @@ impl CpuBackend {
             caps,
             format,
             compute: Compute::new(path, threads)?,
-            limits: StepLimits::default(),
-            slots: Slots::new(NAME),
-            inputs: StepInputs::default(),
-            vision: VisionInputs::default(),
+            host: HostState::new(NAME),
             partial: Buffer::zeroed(0)?,
             decoder_angles: AngleTable::default(),
             vision_angles: AngleTable::default(),
-            communicator: Communicator::single(),
-            sampler: Sampler::default(),
-            readback: Readback::default(),
-            progress: Progress::default(),
         })
     }
 
     /// The instructions in use.
     pub fn path(&self) -> Path {
         self.compute.path
-    }
-
-    fn token(&self, source: TokenSource) -> Result<TokenId> {
-        match source {
-            TokenSource::Host(token) => Ok(token),
-            TokenSource::LastSampled(slot) => self.sampler.last_sampled(slot),
-        }
     }
 }
 
