@@ -4,8 +4,8 @@
     transformers_bench.py PART [--threads 2] [--batches 1,4,8,16] [--steps 16] [--repeats 2]
 
 PART is `decode` (steps at context 256), `prefill` (512 tokens, logits of the last one), `vision` (one image of
-1008 x 1008 pixels, already cut into patches) or `all`. Each is run once untimed first. Prints one line of JSON with
-milliseconds.
+1008 x 1008 pixels, already cut into patches). Each runs untimed first, the tower on a smaller image. Prints one line
+of JSON with milliseconds.
 """
 
 import argparse
@@ -14,7 +14,8 @@ import time
 
 import torch
 import transformers
-from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 CONTEXT, PREFILL = 256, 512
 GRID = 72  # 1008 pixels in patches of 14
@@ -51,14 +52,12 @@ def config() -> Qwen2_5_VLConfig:
     )
 
 
-def build() -> Qwen2_5_VLForConditionalGeneration:
-    """The model with its usual initialisation skipped (minutes) and every parameter filled from one pool."""
+def build(kind: type[PreTrainedModel], shape) -> PreTrainedModel:
+    """A model with its usual initialisation skipped (minutes) and every parameter filled from one pool."""
     for layer in (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv3d):
         layer.reset_parameters = lambda self: None
-    Qwen2_5_VLForConditionalGeneration.init_weights = lambda self: self.tie_weights()
-    model = Qwen2_5_VLForConditionalGeneration._from_config(
-        config(), dtype=torch.bfloat16, attn_implementation="sdpa"
-    )
+    kind.init_weights = lambda self: self.tie_weights()
+    model = kind._from_config(shape, dtype=torch.bfloat16, attn_implementation="sdpa")
     torch.manual_seed(1)
     pool = (torch.randn(33_554_393) * 0.02).to(torch.bfloat16)
     with torch.no_grad():
@@ -103,9 +102,22 @@ def decode(model, batch: int, steps: int) -> float:
     return timed(lambda: [step() for _ in range(steps)]) / steps
 
 
+def vision(repeats: int) -> list[float]:
+    """Milliseconds per image, after a small one to warm up."""
+    tower = build(Qwen2_5_VisionTransformerPretrainedModel, config().vision_config)
+
+    def encode(side: int) -> float:
+        patches = torch.randn(side * side, PATCH_VALUES).to(torch.bfloat16)
+        grid = torch.tensor([[1, side, side]])
+        return timed(lambda: tower(patches, grid_thw=grid))
+
+    encode(GRID // 4)
+    return [encode(GRID) for _ in range(repeats)]
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("part", choices=["decode", "prefill", "vision", "all"])
+    arguments.add_argument("part", choices=["decode", "prefill", "vision"])
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--batches", default="1,4,8,16")
     arguments.add_argument("--steps", type=int, default=16)
@@ -114,24 +126,21 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     report = {"torch": torch.__version__, "transformers": transformers.__version__}
 
-    model = build()
     with torch.inference_mode():
-        if options.part in ("prefill", "all"):
-            prompt = tokens(1, PREFILL)
-            run = lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-            run()
-            report["prefill_ms"] = [timed(run) for _ in range(options.repeats)]
-        if options.part in ("decode", "all"):
-            report["decode_ms"] = {
-                batch: [decode(model, int(batch), options.steps) for _ in range(options.repeats)]
-                for batch in options.batches.split(",")
-            }
-        if options.part in ("vision", "all"):
-            patches = torch.randn(GRID * GRID, PATCH_VALUES).to(torch.bfloat16)
-            grid = torch.tensor([[1, GRID, GRID]])
-            run = lambda: model.model.visual(patches, grid_thw=grid)
-            run()
-            report["vision_ms"] = [timed(run) for _ in range(options.repeats)]
+        if options.part == "vision":
+            report["vision_ms"] = vision(options.repeats)
+        else:
+            model = build(Qwen2_5_VLForConditionalGeneration, config())
+            if options.part == "prefill":
+                prompt = tokens(1, PREFILL)
+                run = lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+                run()
+                report["prefill_ms"] = [timed(run) for _ in range(options.repeats)]
+            else:
+                report["decode_ms"] = {
+                    batch: [decode(model, int(batch), options.steps) for _ in range(options.repeats)]
+                    for batch in options.batches.split(",")
+                }
     print(json.dumps(report))
 
 
