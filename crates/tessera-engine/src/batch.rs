@@ -1,8 +1,8 @@
 //! A plan and the sequence table as the inputs of a backend.
 
-use tessera_kernels::{GraphKey, SampleRow, StepInputs, StepKind, TokenSource};
+use tessera_kernels::{GraphKey, SampleRow, ScoreRow, StepInputs, StepKind, TokenSource};
 use tessera_scheduler::{SequenceTable, TableEntry};
-use tessera_types::{EmbeddingKey, ScheduledSequence, SequenceId, StepPlan};
+use tessera_types::{EmbeddingKey, ScheduledSequence, SequenceId, SequenceSlot, StepPlan};
 
 /// Consecutive rows of one embedding that a step merges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,12 +16,26 @@ pub struct VisualRun {
     pub at: u32,
 }
 
+/// Consecutive prompt tokens of one sequence that a step scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScoredRun {
+    pub slot: SequenceSlot,
+    pub sequence: SequenceId,
+    /// Prompt token of the first score.
+    pub first_token: u32,
+    pub num_tokens: u32,
+}
+
 /// Everything a rank needs to run one step, built in place from one step to the next.
 #[derive(Debug, Default)]
 pub struct StepBatch {
     pub inputs: StepInputs,
     /// `[R]`, in the order of `logit_rows`.
     pub rows: Vec<SampleRow>,
+    /// In the order of `score_rows`.
+    pub scores: Vec<ScoreRow>,
+    /// Whose scores these are, in the same order.
+    pub scored: Vec<ScoredRun>,
     /// Visual rows in ascending order of `at`, without gaps.
     pub visual: Vec<VisualRun>,
 }
@@ -60,7 +74,7 @@ impl StepBatch {
     }
 
     fn clear(&mut self) {
-        let Self { inputs, rows, visual } = self;
+        let Self { inputs, rows, scores, scored, visual } = self;
         inputs.token_source.clear();
         inputs.positions.clear();
         inputs.slot_mapping.clear();
@@ -70,9 +84,12 @@ impl StepBatch {
         inputs.kv_len.clear();
         inputs.block_tables.clear();
         inputs.logit_rows.clear();
+        inputs.score_rows.clear();
         inputs.zero_blocks.clear();
         inputs.block_copies.clear();
         rows.clear();
+        scores.clear();
+        scored.clear();
         visual.clear();
     }
 
@@ -111,7 +128,28 @@ impl StepBatch {
                 output_index: entry.num_output_tokens() as u32 - 1,
             });
         }
+        self.push_scores(scheduled, entry);
         self.push_visual_rows(start, end, entry);
+    }
+
+    /// The row of a prompt token scores the token after it.
+    fn push_scores(&mut self, scheduled: &ScheduledSequence, entry: &TableEntry) {
+        let tokens = entry.scored_tokens(scheduled.num_tokens as usize);
+        if tokens.is_empty() {
+            return;
+        }
+        let first_row = self.inputs.token_source.len() as u32 - scheduled.num_tokens;
+        let num_top = entry.sampling.prompt_logprobs.unwrap_or(0);
+        for (row, &target) in (first_row..).zip(&entry.prompt.tokens[tokens.clone()]) {
+            self.inputs.score_rows.push(row);
+            self.scores.push(ScoreRow { target, num_top });
+        }
+        self.scored.push(ScoredRun {
+            slot: scheduled.slot,
+            sequence: entry.sequence,
+            first_token: tokens.start as u32,
+            num_tokens: tokens.len() as u32,
+        });
     }
 
     /// Media tokens among the last `end - start` take the step's next visual rows.

@@ -93,7 +93,10 @@ impl EventSink for CanarySink {
                 self.reply(Ok(tokens));
             }
             Event::Failed { error } => self.reply(Err(EngineError::Canary(error))),
-            Event::Accepted { .. } | Event::MediaNeeded { .. } | Event::Started { .. } => {}
+            Event::Accepted { .. }
+            | Event::MediaNeeded { .. }
+            | Event::Started { .. }
+            | Event::PromptLogprobs { .. } => {}
         }
         Ok(())
     }

@@ -6,9 +6,10 @@ use tessera_scheduler::SchedulerConfig;
 use tessera_types::TokenId;
 
 use crate::error::EngineError;
+use crate::grammar::GrammarVocabulary;
 
 /// Bounds of the engine beside those of its scheduler.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct EngineConfig {
     pub scheduler: SchedulerConfig,
     /// Columns of an embedding row.
@@ -17,9 +18,14 @@ pub struct EngineConfig {
     pub vocab_size: u32,
     /// Tokens that end a sequence unless it says `ignore_eos`.
     pub eos_token_ids: Vec<TokenId>,
+    /// What grammars are made of; without it sequences with a grammar are refused.
+    pub grammar_vocabulary: Option<GrammarVocabulary>,
     /// Bytes of embeddings that rank 0 may hold, those under way included. A sequence waits for room
     /// before its media is asked for; one that alone exceeds the bound is refused.
     pub max_embedding_bytes: u64,
+    /// Longest step that prefill may make: the token budget is fitted to it once, by
+    /// [`crate::EngineHandle::warm_up`]. `None`: the budget is the scheduler's greatest.
+    pub step_time_target: Option<Duration>,
     /// Commands that wait for the engine thread; one more is refused as busy.
     pub inbox_capacity: usize,
     /// How often a waiting engine looks at the epoch's abort flag.
@@ -41,7 +47,9 @@ impl Default for EngineConfig {
             hidden_size: 2048,
             vocab_size: 151_936,
             eos_token_ids: Vec::new(),
+            grammar_vocabulary: None,
             max_embedding_bytes: 1 << 30,
+            step_time_target: None,
             inbox_capacity: 4096,
             poll_interval: Duration::from_millis(50),
             planted: PlantedFaults::default(),

@@ -8,18 +8,21 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use crossbeam_channel::{Receiver, Select, TryRecvError, bounded};
 use tessera_collective::AbortHandle;
 use tessera_scheduler::Scheduler;
-use tessera_types::{Epoch, LateInputs, SequenceId, StepId, TokenId};
+use tessera_types::{Epoch, SequenceId, StepId, TokenId};
 
 use crate::config::EngineConfig;
+use crate::constraints::Constraints;
 use crate::embeddings::EmbeddingStore;
 use crate::error::{EngineError, ExecutorError, SequenceError, chain};
 use crate::executor::{EpochStart, Executor};
+use crate::grammar::GrammarCompiler;
 use crate::handle::{Command, EngineHandle, EngineLoad, EpochEnd, Shared};
 use crate::requests::Stream;
 use crate::stream::Event;
+use crate::warm_up::WarmUp;
 
 /// Where the engine reads the time. Simulation brings its own.
 pub type Clock = Box<dyn Fn() -> Instant + Send>;
@@ -58,10 +61,13 @@ pub struct Engine {
     /// The step that was sampled and not collected yet (depth 2).
     previous: Option<StepId>,
     pub(crate) streams: HashMap<SequenceId, Stream>,
+    pub(crate) constraints: Constraints,
     pub(crate) embeddings: EmbeddingStore,
     /// Sequences that wait for room for their embeddings, first come first served.
     pub(crate) waiting_for_room: VecDeque<SequenceId>,
     pub(crate) num_slow_clients: u64,
+    /// What the warm-up found, once it was done.
+    pub(crate) warmed_up: Option<WarmUp>,
     pub(crate) clock: Clock,
     pub(crate) started: Instant,
 }
@@ -76,13 +82,16 @@ impl Engine {
     /// An engine without an epoch, and its handle.
     ///
     /// # Errors
-    /// Settings that contradict each other.
+    /// Settings that contradict each other; a thread that cannot be started.
     pub fn new(
-        config: EngineConfig,
+        mut config: EngineConfig,
         executor: Box<dyn Executor>,
         observer: Observer,
     ) -> Result<(Self, EngineHandle), EngineError> {
         config.validate()?;
+        let vocabulary = config.grammar_vocabulary.take();
+        let compiler = vocabulary.map(GrammarCompiler::start).transpose();
+        let compiler = compiler.map_err(EngineError::Spawn)?;
         let (sender, inbox) = bounded(config.inbox_capacity);
         let shared = Arc::new(Shared::default());
         let handle = EngineHandle::new(sender, Arc::clone(&shared));
@@ -96,9 +105,11 @@ impl Engine {
             epoch: None,
             previous: None,
             streams: HashMap::new(),
+            constraints: Constraints::new(compiler),
             embeddings: EmbeddingStore::new(config.max_embedding_bytes),
             waiting_for_room: VecDeque::new(),
             num_slow_clients: 0,
+            warmed_up: None,
             clock: Box::new(Instant::now),
             started: Instant::now(),
             config,
@@ -147,6 +158,7 @@ impl Engine {
             return Turn::Stopped;
         }
         self.drain_inbox();
+        self.take_grammars();
         let stepped = self.step().unwrap_or_else(|error| {
             self.lose_epoch(&error);
             true
@@ -170,8 +182,8 @@ impl Engine {
             self.collect(step)?;
         }
         if let Some(plan) = &plan {
-            // No sequence has a grammar, so no row has a mask.
-            self.executor.sample(plan.step, &Arc::new(LateInputs::default()))?;
+            let late = Arc::new(self.late_inputs(plan));
+            self.executor.sample(plan.step, &late)?;
             match self.config.scheduler.pipeline_depth {
                 1 => self.collect(plan.step)?,
                 _ => self.previous = Some(plan.step),
@@ -182,7 +194,7 @@ impl Engine {
 
     /// Waits for a step and applies its output. The flag is read after the step completed and before
     /// anything of it is reported: a step of an aborted epoch is discarded whole.
-    fn collect(&mut self, step: StepId) -> Result<(), EngineError> {
+    pub(crate) fn collect(&mut self, step: StepId) -> Result<(), EngineError> {
         let output = loop {
             let deadline = Instant::now() + self.config.poll_interval;
             match self.executor.collect(step, deadline) {
@@ -191,7 +203,10 @@ impl Engine {
             }
         };
         self.check_epoch()?;
-        Ok(self.scheduler.apply(output)?)
+        let failures = self.constraints.accept(&output);
+        self.scheduler.apply(output)?;
+        self.fail_constrained(failures);
+        Ok(())
     }
 
     /// An error once the epoch's abort flag is set.
@@ -233,6 +248,7 @@ impl Engine {
         self.previous = None;
         let left = self.executor.end_epoch();
         self.scheduler.end_epoch();
+        self.constraints.end_epoch();
         // Every stream, not only those the scheduler still knew: the end of one may be unreported.
         let mut lost: Vec<SequenceId> = self.streams.keys().copied().collect();
         lost.sort();
@@ -255,11 +271,19 @@ impl Engine {
     }
 
     fn wait_for_command(&mut self) {
-        match self.inbox.recv_timeout(self.config.poll_interval) {
+        let mut select = Select::new();
+        let inbox = select.recv(&self.inbox);
+        if let Some(ready) = self.constraints.ready() {
+            select.recv(ready);
+        }
+        if select.ready_timeout(self.config.poll_interval) != Ok(inbox) {
+            return;
+        }
+        match self.inbox.try_recv() {
             Ok(command) => self.serve(command),
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(TryRecvError::Empty) => {}
             // Every handle is gone, so nobody can ask for anything any more.
-            Err(RecvTimeoutError::Disconnected) => self.shared.stop(),
+            Err(TryRecvError::Disconnected) => self.shared.stop(),
         }
     }
 
@@ -284,6 +308,14 @@ impl Engine {
                 reply(self.begin_epoch(*start));
                 Ok(())
             }
+            Command::WarmUp { reply } => {
+                let result = self.warm_up();
+                if let Err(error) = &result {
+                    self.lose_epoch(error);
+                }
+                reply(result);
+                Ok(())
+            }
             Command::Canary { sequence, reply } => {
                 self.start_canary(sequence, reply);
                 Ok(())
@@ -306,6 +338,7 @@ impl Engine {
                     let _ = sink.send(Event::Failed { error });
                 }
                 Command::BeginEpoch { reply, .. } => reply(Err(EngineError::ShuttingDown)),
+                Command::WarmUp { reply } => reply(Err(EngineError::ShuttingDown)),
                 Command::Canary { reply, .. } => reply(Err(EngineError::ShuttingDown)),
                 _ => {}
             }
@@ -313,12 +346,15 @@ impl Engine {
         self.publish_load();
     }
 
-    fn publish_load(&self) {
+    pub(crate) fn publish_load(&self) {
         self.shared.set_load(EngineLoad {
             epoch: self.scheduler.epoch(),
             scheduler: self.scheduler.load(),
+            counters: self.scheduler.counters(),
+            token_budget: self.scheduler.token_budget(),
             completed_step: self.scheduler.applied_step(),
             embedding_bytes: self.embeddings.used_bytes(),
+            grammars: self.constraints.load(),
             num_slow_clients: self.num_slow_clients,
         });
     }

@@ -6,6 +6,7 @@ use tessera_scheduler::{AddError, ApplyError, ConfigError, TableError};
 use tessera_types::{EmbeddingKey, Epoch, Rank, SequenceId, StepId};
 
 use crate::executor::PlanSinkError;
+use crate::grammar::GrammarError;
 
 /// Why a rank cannot go on in its epoch, or could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +77,7 @@ pub enum EngineError {
     Config { field: &'static str },
     #[error("invalid scheduler limits")]
     Scheduler(#[from] ConfigError),
-    #[error("the thread of the engine could not be started")]
+    #[error("a thread of the engine could not be started")]
     Spawn(#[source] std::io::Error),
     #[error("the executor failed")]
     Executor(#[from] ExecutorError),
@@ -89,6 +90,8 @@ pub enum EngineError {
     EpochRuns { running: Epoch },
     #[error("the group has no epoch")]
     NoEpoch,
+    #[error("a step of the warm-up was refused")]
+    WarmUp(#[source] SequenceError),
     #[error("the canary was refused or lost")]
     Canary(#[source] SequenceError),
     #[error("the engine is shutting down")]
@@ -102,6 +105,8 @@ pub enum SequenceError {
     Refused(#[from] AddError),
     #[error("token {token} at index {index} is not in the vocabulary of {vocab_size}")]
     UnknownToken { token: u32, index: usize, vocab_size: u32 },
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
     #[error("its embeddings take {bytes} bytes, the decoder holds at most {max_bytes}")]
     EmbeddingsTooLarge { bytes: u64, max_bytes: u64 },
     #[error("media item {item} failed: {reason}")]

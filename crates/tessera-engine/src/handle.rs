@@ -8,15 +8,17 @@ use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
 use tessera_collective::AbortHandle;
-use tessera_scheduler::Load;
+use tessera_scheduler::{Counters, Load};
 use tessera_types::{
     BlockKey, Epoch, FinishReason, Prompt, SamplingParams, SequenceId, StepId, TenantId, TokenId,
 };
 
 use crate::canary::CanaryReply;
+use crate::constraints::GrammarLoad;
 use crate::error::{EngineError, ExecutorError, SubmitError};
 use crate::executor::EpochStart;
 use crate::stream::EventSink;
+use crate::warm_up::WarmUpReply;
 
 /// A sequence to run. Values are those the router decided; nothing is defaulted here.
 #[derive(Debug, Clone)]
@@ -64,6 +66,9 @@ pub(crate) enum Command {
         start: Box<EpochStart>,
         reply: EpochReply,
     },
+    WarmUp {
+        reply: WarmUpReply,
+    },
     Canary {
         sequence: SequenceId,
         reply: CanaryReply,
@@ -90,9 +95,14 @@ pub struct EngineLoad {
     /// `None` between epochs.
     pub epoch: Option<Epoch>,
     pub scheduler: Load,
+    /// Since the start.
+    pub counters: Counters,
+    /// Tokens that a step may hold now.
+    pub token_budget: u32,
     /// Steps completed in this epoch; grows while there is work.
     pub completed_step: StepId,
     pub embedding_bytes: u64,
+    pub grammars: GrammarLoad,
     /// Sequences that lost their stream since the start because a client was too slow.
     pub num_slow_clients: u64,
 }
@@ -186,7 +196,7 @@ impl EngineHandle {
     }
 
     /// Joins an epoch. The engine answers when every local rank has joined; then sequences are taken. Run
-    /// [`EngineHandle::canary`] before the first.
+    /// [`EngineHandle::warm_up`] and [`EngineHandle::canary`] before the first.
     pub fn begin_epoch(&self, start: EpochStart, reply: EpochReply) -> Result<(), SubmitError> {
         self.send(Command::BeginEpoch { start: Box::new(start), reply })
     }
@@ -200,6 +210,12 @@ impl EngineHandle {
         }
         // A full inbox wakes the engine just as well.
         let _ = self.send(Command::Wake);
+    }
+
+    /// Runs full steps through all ranks and fits the token budget to [`crate::EngineConfig`]'s target. The
+    /// engine does nothing else meanwhile, so this goes before the first sequence of a process.
+    pub fn warm_up(&self, reply: WarmUpReply) -> Result<(), SubmitError> {
+        self.send(Command::WarmUp { reply })
     }
 
     /// Runs the canary through all ranks and replies with its token ids.

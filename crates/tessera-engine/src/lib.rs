@@ -15,17 +15,19 @@
 //! sequence), [`executor`] (the two halves of a step), [`group`] (the executor of local ranks plus
 //! followers), [`follower`] (ranks fed by a plan stream), [`local_ranks`] (the rank threads of this
 //! process), [`rank`] (one rank's work), [`rank_thread`], [`batch`] (a plan as backend inputs), `embeddings` (what rank 0
-//! holds), [`canary`], [`fake`] (an executor made of hashes), [`config`], [`error`].
+//! holds), [`grammar`] and `constraints` (structured output), [`canary`], [`warm_up`], [`fake`] (an executor made of hashes), [`config`], [`error`].
 
 pub mod batch;
 pub mod canary;
 pub mod config;
+mod constraints;
 mod embeddings;
 pub mod engine;
 pub mod error;
 pub mod executor;
 pub mod fake;
 pub mod follower;
+pub mod grammar;
 pub mod group;
 pub mod handle;
 pub mod local_ranks;
@@ -33,17 +35,21 @@ pub mod rank;
 pub mod rank_thread;
 mod requests;
 pub mod stream;
+pub mod warm_up;
 
 pub use canary::Canary;
 pub use config::{EngineConfig, PlantedFaults};
+pub use constraints::GrammarLoad;
 pub use engine::{Clock, Engine, EngineThread, Observer, Turn};
 pub use error::{EngineError, ExecutorError, RankError, SequenceError, SubmitError};
 pub use executor::{EpochStart, Executor, PlanSink, PlanSinkError};
 pub use fake::FakeExecutor;
 pub use follower::{Follower, FollowerAck};
+pub use grammar::{GrammarError, GrammarVocabulary};
 pub use group::GroupExecutor;
 pub use handle::{EngineHandle, EngineLoad, EpochEnd, Submission};
 pub use local_ranks::LocalRanks;
 pub use rank::{RankSpec, RankWorker};
 pub use rank_thread::{RankHandle, RankInfo, RankProgress};
 pub use stream::{Event, EventSink, SinkError, Timings};
+pub use warm_up::WarmUp;

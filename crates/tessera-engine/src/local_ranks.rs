@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, TrySendError, bounded};
 use tessera_collective::{AbortHandle, Communicator};
-use tessera_kernels::{Backend, Readback};
+use tessera_kernels::Backend;
 use tessera_model::{LoadMeter, LoadProgress};
-use tessera_types::{EmbeddingKey, Epoch, LateInputs, Rank, StepId, StepPlan};
+use tessera_types::{EmbeddingKey, Epoch, LateInputs, Rank, StepId, StepOutput, StepPlan};
 
 use crate::error::{ExecutorError, RankError};
 use crate::executor::Result;
@@ -47,7 +47,7 @@ struct Collecting {
     /// Local ranks that have not completed it.
     missing: usize,
     /// Of the first local rank.
-    readback: Option<Readback>,
+    output: Option<StepOutput>,
 }
 
 impl LocalRanks {
@@ -188,14 +188,14 @@ impl LocalRanks {
     pub fn start_collect(&mut self, step: StepId) -> Result<()> {
         let missing = self.ranks.len();
         if let Some(epoch) = &mut self.epoch {
-            epoch.collecting.push_back(Collecting { step, missing, readback: None });
+            epoch.collecting.push_back(Collecting { step, missing, output: None });
         }
         self.send_all(|| RankCommand::Collect(step))
     }
 
     /// Waits for a step that was given to [`LocalRanks::start_collect`] on all local ranks, and returns
-    /// what the first of them read back.
-    pub fn finish_collect(&mut self, step: StepId, deadline: Instant) -> Result<Readback> {
+    /// what the first of them gave.
+    pub fn finish_collect(&mut self, step: StepId, deadline: Instant) -> Result<StepOutput> {
         loop {
             let collecting = self.epoch.as_mut().and_then(|epoch| epoch.collecting.front_mut());
             let expected = collecting.as_ref().map(|collecting| collecting.step);
@@ -203,9 +203,9 @@ impl LocalRanks {
                 return Err(ExecutorError::OutOfOrder { expected, got: step });
             };
             if collecting.missing == 0 {
-                let readback = collecting.readback.take().unwrap_or_default();
+                let output = collecting.output.take().unwrap_or_default();
                 self.epoch.iter_mut().for_each(|epoch| drop(epoch.collecting.pop_front()));
-                return Ok(readback);
+                return Ok(output);
             }
             match self.next_report(Some(deadline))? {
                 Some(report) => self.note(report)?,
@@ -258,13 +258,13 @@ impl LocalRanks {
                 return Err(ExecutorError::Rank { rank: report.rank, source });
             }
             RankNews::Began | RankNews::Ended => {}
-            RankNews::Completed { step, readback } => {
+            RankNews::Completed(output) => {
                 let collecting =
-                    epoch.collecting.iter_mut().find(|collecting| collecting.step == step);
+                    epoch.collecting.iter_mut().find(|collecting| collecting.step == output.step);
                 if let Some(collecting) = collecting {
                     collecting.missing -= 1;
                     if report.rank == first {
-                        collecting.readback = Some(readback);
+                        collecting.output = Some(output);
                     }
                 }
             }

@@ -5,12 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tessera_collective::{AbortHandle, Communicator};
-use tessera_kernels::{Act, Backend, HostRows, Readback, SampleRow, SamplerSequence, StepLimits};
+use tessera_kernels::{Act, Backend, HostRows, SampleRow, SamplerSequence, StepLimits};
 use tessera_model::{Decoder, LoadMeter, ModelConfig, TpSplit, WeightSource, Weights};
 use tessera_scheduler::{SequenceTable, TableLimits};
-use tessera_types::{EmbeddingKey, Epoch, LateInputs, Rank, SequenceSlot, StepId, StepPlan};
+use tessera_types::{
+    EmbeddingKey, Epoch, LateInputs, PromptLogprobs, Rank, SequenceSlot, StepId, StepOutput,
+    StepPlan, TokenLogprobs,
+};
 
-use crate::batch::StepBatch;
+use crate::batch::{ScoredRun, StepBatch};
 use crate::error::RankError;
 use crate::rank_thread::RankInfo;
 
@@ -71,6 +74,8 @@ struct Submitted<B: Backend> {
     step: StepId,
     /// `None`: the plan held nothing to compute.
     ticket: Option<B::Ticket>,
+    /// Whose prompt tokens it scored.
+    scored: Vec<ScoredRun>,
     /// Time spent in its two halves.
     spent: Duration,
 }
@@ -78,8 +83,8 @@ struct Submitted<B: Backend> {
 /// A completed step.
 #[derive(Debug)]
 pub struct Completed {
-    pub step: StepId,
-    pub readback: Readback,
+    /// Log probabilities on rank 0 only.
+    pub output: StepOutput,
     /// Mean time of one layer, enqueueing and waiting included; `None` if nothing was computed.
     pub layer_time: Option<Duration>,
 }
@@ -231,9 +236,25 @@ impl<B: Backend> RankWorker<B> {
             let logits = Act { rows: forwarded.rows.len() as u32, ..logits };
             self.backend.sample(logits, &forwarded.rows, late)?;
         }
+        // Only now: their logits take the place of those that were drawn from.
+        self.score()?;
+        let epoch = self.epoch.as_mut().expect("present at the start of this call");
         let ticket = if forwarded.has_tokens { Some(self.backend.submit()?) } else { None };
         let spent = forwarded.spent + started.elapsed();
-        epoch.submitted.push_back(Submitted { step, ticket, spent });
+        let scored = std::mem::take(&mut self.batch.scored);
+        epoch.submitted.push_back(Submitted { step, ticket, scored, spent });
+        Ok(())
+    }
+
+    /// Enqueues the scores of prompt tokens, a tile of rows at a time. The batch is still that of the step
+    /// being sampled.
+    fn score(&mut self) -> Result<()> {
+        let (tokens, tile) = (self.batch.num_tokens(), self.decoder.max_scored_rows() as usize);
+        for (index, rows) in self.batch.scores.chunks(tile.max(1)).enumerate() {
+            let (from, num_rows) = ((index * tile) as u32, rows.len() as u32);
+            let logits = self.decoder.score(&mut self.backend, tokens, from, num_rows)?;
+            self.backend.score_rows(logits, rows)?;
+        }
         Ok(())
     }
 
@@ -246,12 +267,15 @@ impl<B: Backend> RankWorker<B> {
         let submitted = epoch.submitted.pop_front().filter(|submitted| submitted.step == step);
         let submitted = submitted.ok_or(RankError::OutOfOrder { expected, got: step })?;
         let Some(ticket) = submitted.ticket else {
-            return Ok(Completed { step, readback: Readback::default(), layer_time: None });
+            let output = StepOutput { step, ..StepOutput::default() };
+            return Ok(Completed { output, layer_time: None });
         };
         let readback = self.backend.wait(ticket, started + STEP_TIMEOUT)?;
+        let prompt_logprobs = by_sequence(&submitted.scored, readback.scores);
+        let output = StepOutput { step, tokens: readback.tokens, prompt_logprobs };
         let num_layers = self.decoder.kv_spec(self.block_size).num_layers.max(1);
         let layer_time = Some((submitted.spent + started.elapsed()) / num_layers);
-        Ok(Completed { step, readback, layer_time })
+        Ok(Completed { output, layer_time })
     }
 
     fn run_batch(&mut self) -> Result<()> {
@@ -289,4 +313,19 @@ impl<B: Backend> RankWorker<B> {
         }
         Ok(())
     }
+}
+
+/// Scores in the order of rows, as their sequences'; none on ranks that are told none.
+fn by_sequence(scored: &[ScoredRun], scores: Vec<TokenLogprobs>) -> Vec<PromptLogprobs> {
+    if scores.is_empty() {
+        return Vec::new();
+    }
+    let mut scores = scores.into_iter();
+    let of_run = |run: &ScoredRun| PromptLogprobs {
+        slot: run.slot,
+        sequence: run.sequence,
+        first_token: run.first_token,
+        tokens: scores.by_ref().take(run.num_tokens as usize).collect(),
+    };
+    scored.iter().map(of_run).collect()
 }

@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use tessera_collective::Communicator;
-use tessera_kernels::{Backend, MemoryReport, Progress, Readback};
+use tessera_kernels::{Backend, MemoryReport, Progress};
 use tessera_model::LoadMeter;
-use tessera_types::{EmbeddingKey, Epoch, LateInputs, NumericsId, Rank, StepId, StepPlan};
+use tessera_types::{
+    EmbeddingKey, Epoch, LateInputs, NumericsId, Rank, StepId, StepOutput, StepPlan,
+};
 
 use crate::error::{RankError, chain};
 use crate::rank::{RankSpec, RankWorker};
@@ -90,10 +92,7 @@ pub(crate) struct RankReport {
 pub(crate) enum RankNews {
     Began,
     Ended,
-    Completed {
-        step: StepId,
-        readback: Readback,
-    },
+    Completed(StepOutput),
     /// The rank drops the rest of its epoch's commands.
     Failed(RankError),
 }
@@ -269,7 +268,7 @@ impl<B: Backend> Server<B> {
                 let completed = self.worker.collect(step)?;
                 self.note_layer_time(completed.layer_time);
                 self.progress.shared.completed.store(step.0, Ordering::Release);
-                self.tell(RankNews::Completed { step, readback: completed.readback });
+                self.tell(RankNews::Completed(completed.output));
             }
         }
         Ok(())

@@ -8,6 +8,7 @@ use tessera_scheduler::{SequenceEvent, SequenceRequest};
 use tessera_types::{EmbeddingKey, Prompt, SequenceId};
 
 use crate::canary::{Canary, CanaryReply, CanarySink};
+use crate::constraints::sampling_of_ranks;
 use crate::engine::Engine;
 use crate::error::{ExecutorError, SequenceError};
 use crate::handle::Submission;
@@ -27,6 +28,9 @@ pub(crate) struct Stream {
     pinned: Vec<EmbeddingKey>,
     /// Items that the scheduler wants, while there is no room for their embeddings.
     postponed: Vec<u32>,
+    /// What keeps it in the queue.
+    awaits_room: bool,
+    awaits_grammar: bool,
 }
 
 impl Stream {
@@ -39,6 +43,8 @@ impl Stream {
             has_token: false,
             pinned: Vec::new(),
             postponed: Vec::new(),
+            awaits_room: false,
+            awaits_grammar: false,
         }
     }
 
@@ -57,7 +63,10 @@ impl Engine {
         mut sink: Box<dyn EventSink>,
     ) {
         let prompt = Arc::clone(&submission.prompt);
+        let grammar = submission.sampling.grammar.clone();
+        let output = submission.output.clone();
         let checked = self.check(&prompt);
+        let checked = checked.and_then(|()| self.check_grammar(&submission.sampling));
         let request = self.request(sequence, submission);
         let added = checked.and_then(|()| self.scheduler.add(request).map_err(SequenceError::from));
         if let Err(error) = added {
@@ -70,9 +79,23 @@ impl Engine {
             self.send(sequence, Event::Accepted { epoch });
         }
         if !self.items(sequence).is_empty() {
-            self.scheduler.set_held(sequence, true);
+            self.hold(sequence, |stream| stream.awaits_room = true);
             self.waiting_for_room.push_back(sequence);
         }
+        if let Some(grammar) = grammar {
+            self.constrain(sequence, grammar, output);
+        }
+    }
+
+    /// Changes what a queued sequence waits for; it may run once that is nothing.
+    fn hold(&mut self, sequence: SequenceId, change: impl FnOnce(&mut Stream)) {
+        let Some(stream) = self.streams.get_mut(&sequence) else { return };
+        change(stream);
+        self.scheduler.set_held(sequence, stream.awaits_room || stream.awaits_grammar);
+    }
+
+    pub(crate) fn hold_for_grammar(&mut self, sequence: SequenceId, awaits: bool) {
+        self.hold(sequence, |stream| stream.awaits_grammar = awaits);
     }
 
     /// Runs the canary as a sequence of its own.
@@ -150,8 +173,9 @@ impl Engine {
                 self.note_time(sequence, |timings, elapsed| timings.queue = elapsed);
                 self.send(sequence, Event::Started { num_cached_tokens: num_cached_tokens as u32 });
             }
-            // No executor computes them yet, so none is ever reported.
-            SequenceEvent::PromptLogprobs { .. } => {}
+            SequenceEvent::PromptLogprobs { sequence, first_token, tokens } => {
+                self.send(sequence, Event::PromptLogprobs { first_token, tokens });
+            }
             SequenceEvent::Token { sequence, output_index, token, logprobs } => {
                 let first = self.streams.get_mut(&sequence);
                 if first.is_some_and(|stream| !std::mem::replace(&mut stream.has_token, true)) {
@@ -184,6 +208,7 @@ impl Engine {
     fn forget(&mut self, sequence: SequenceId) {
         let Some(stream) = self.streams.remove(&sequence) else { return };
         stream.pinned.into_iter().for_each(|key| self.embeddings.unpin(key));
+        self.constraints.forget(sequence);
         self.waiting_for_room.retain(|&waiting| waiting != sequence);
     }
 
@@ -221,7 +246,7 @@ impl Engine {
             let Some(evicted) = self.embeddings.reserve(&items) else { return Ok(()) };
             self.waiting_for_room.pop_front();
             evicted.into_iter().try_for_each(|key| self.executor.drop_embedding(key))?;
-            self.scheduler.set_held(sequence, false);
+            self.hold(sequence, |stream| stream.awaits_room = false);
             let stream = self.streams.get_mut(&sequence).expect("waiting sequences have a stream");
             stream.pinned = items.into_iter().map(|(key, _)| key).collect();
             let postponed = std::mem::take(&mut stream.postponed);
@@ -257,8 +282,8 @@ impl Engine {
         SequenceRequest {
             sequence,
             prompt: submission.prompt,
+            sampling: sampling_of_ranks(submission.sampling, &submission.output),
             output: submission.output,
-            sampling: submission.sampling,
             eos_token_ids: Arc::clone(&self.eos_token_ids),
             seed: submission.seed,
             priority: submission.priority,

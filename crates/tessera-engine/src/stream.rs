@@ -22,6 +22,11 @@ pub enum Event {
     Started {
         num_cached_tokens: u32,
     },
+    /// Log probabilities of prompt tokens from `first_token` on, in order and before the first output token.
+    PromptLogprobs {
+        first_token: u32,
+        tokens: Vec<TokenLogprobs>,
+    },
     /// A new output token. Indices count all output of the choice and have no gaps.
     Token {
         output_index: u32,

@@ -2,6 +2,7 @@
 
 use tessera_types::{
     BlockCopy, BlockId, SampledToken, SamplingParams, SequenceId, SequenceSlot, TokenId,
+    TokenLogprobs,
 };
 
 /// Largest step a backend must be ready for.
@@ -58,6 +59,8 @@ pub struct StepInputs {
     pub block_table_stride: u32,
     /// `[R]` rows of the flattened batch whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// Rows of the flattened batch whose next token is in the prompt and is scored, ascending.
+    pub score_rows: Vec<u32>,
     pub zero_blocks: Vec<BlockId>,
     pub block_copies: Vec<BlockCopy>,
 }
@@ -91,6 +94,15 @@ pub struct SampleRow {
     pub output_index: u32,
 }
 
+/// What is wanted of one row of logits that nothing is drawn from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScoreRow {
+    /// The token that followed.
+    pub target: TokenId,
+    /// Most likely tokens to tell beside it.
+    pub num_top: u32,
+}
+
 /// A sequence as the sampler sees it when it takes a slot.
 #[derive(Debug, Clone, Copy)]
 pub struct SamplerSequence<'a> {
@@ -108,4 +120,6 @@ pub struct SamplerSequence<'a> {
 pub struct Readback {
     /// `[R]`, in the order of the sample rows; empty if the step drew nothing.
     pub tokens: Vec<SampledToken>,
+    /// Of every scored row, in the order of [`StepInputs::score_rows`]; on rank 0 only.
+    pub scores: Vec<TokenLogprobs>,
 }

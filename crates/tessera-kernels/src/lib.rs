@@ -34,7 +34,7 @@ pub use cpu::{CpuBackend, CpuFormat};
 pub use device::{Device, UnknownDevice};
 pub use error::{KernelError, Result, WeightError};
 pub use inputs::{
-    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, StepInputs, StepLimits,
+    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, ScoreRow, StepInputs, StepLimits,
     TokenSource, VisionInputs,
 };
 pub use progress::Progress;

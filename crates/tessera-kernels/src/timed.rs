@@ -4,13 +4,13 @@
 use std::time::{Duration, Instant};
 
 use tessera_collective::Communicator;
-use tessera_types::{LateInputs, SequenceSlot, TokenId};
+use tessera_types::{LateInputs, SequenceSlot};
 
 use crate::act::{Act, ActKind, SlotSpec};
 use crate::backend::{Backend, Caps, Epilogue, GatherRows, GraphKey, HeadShape, KvSpec, Segments};
 use crate::error::Result;
 use crate::inputs::{
-    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, StepInputs, StepLimits,
+    HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, ScoreRow, StepInputs, StepLimits,
     VisionInputs,
 };
 use crate::progress::Progress;
@@ -222,7 +222,7 @@ impl<B: Backend> Backend for Timed<B> {
         self.time("sample", [logits.cols, 0], |b| b.sample(logits, rows, late))
     }
 
-    fn score_rows(&mut self, logits: Act, targets: &[TokenId]) -> Result<Vec<f32>> {
-        self.time("score_rows", [logits.cols, 0], |b| b.score_rows(logits, targets))
+    fn score_rows(&mut self, logits: Act, rows: &[ScoreRow]) -> Result<()> {
+        self.time("score_rows", [logits.cols, 0], |b| b.score_rows(logits, rows))
     }
 }

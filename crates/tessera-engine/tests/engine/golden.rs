@@ -17,6 +17,8 @@ pub struct Golden {
     /// Rows of the vision tower per item, `[rows, hidden]`.
     pub embeddings: Vec<Arc<[f32]>>,
     pub greedy_tokens: Vec<TokenId>,
+    /// `[prompt tokens, vocabulary]`; empty where the fixture has none.
+    pub logits: Arc<[f32]>,
 }
 
 /// The fixture checkpoint's directory.
@@ -38,6 +40,10 @@ pub fn load(case: &str, salt: u8) -> Golden {
         embeddings: embeddings.collect(),
         prompt: Arc::new(prompt(tokens, media, salt)),
         greedy_tokens: numbers(&json["greedy_tokens"]),
+        logits: match tensors.names().contains(&"logits_all") {
+            true => floats(&tensors, "logits_all"),
+            false => Arc::default(),
+        },
     }
 }
 

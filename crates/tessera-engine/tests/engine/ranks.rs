@@ -10,14 +10,15 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use tessera_collective::{AbortHandle, CollectiveConfig, Communicator, tcp, threads};
 use tessera_engine::{
     Engine, EngineConfig, EngineHandle, EngineThread, EpochEnd, EpochStart, Event, ExecutorError,
-    Follower, FollowerAck, GroupExecutor, LocalRanks, PlanSink, PlanSinkError, RankError, RankSpec,
-    SequenceError, Submission,
+    Follower, FollowerAck, GrammarVocabulary, GroupExecutor, LocalRanks, PlanSink, PlanSinkError,
+    RankError, RankProgress, RankSpec, SequenceError, Submission,
 };
-use tessera_kernels::{ReferenceBackend, StepLimits};
+use tessera_kernels::{Backend, CpuBackend, CpuFormat, ReferenceBackend, StepLimits};
 use tessera_model::{ModelConfig, WeightSource};
+use tessera_processor::Tokenizer;
 use tessera_scheduler::{SchedulerConfig, TableError};
 use tessera_types::{
-    BlockKey, Epoch, Hash256, LateInputs, Rank, SamplingParams, StepId, StepPlan, TokenId,
+    BlockKey, Epoch, Grammar, Hash256, LateInputs, Rank, SamplingParams, StepId, StepPlan, TokenId,
     TokenLogprobs,
 };
 
@@ -26,6 +27,9 @@ use crate::golden::{self, Golden};
 const CASES: [&str; 3] = ["text", "image_odd", "images"];
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(20);
 const NUM_BLOCKS: u32 = 40;
+
+/// Ranks of the tests of same bits: where two add up, a + b = b + a hides an order.
+const WORLD_SIZE: u32 = 4;
 
 fn scheduler(pipeline_depth: u32) -> SchedulerConfig {
     SchedulerConfig {
@@ -37,10 +41,19 @@ fn scheduler(pipeline_depth: u32) -> SchedulerConfig {
         max_model_len: 256,
         pipeline_depth,
         reserved_blocks: 1,
+        ..SchedulerConfig::default()
     }
 }
 
 fn load_ranks(ranks: impl Iterator<Item = u32>, world_size: u32) -> LocalRanks {
+    load_ranks_on(|_| Ok(ReferenceBackend::new()), ranks, world_size)
+}
+
+fn load_ranks_on<B: Backend>(
+    make_backend: impl Fn(Rank) -> tessera_kernels::Result<B> + Clone + Send + 'static,
+    ranks: impl Iterator<Item = u32>,
+    world_size: u32,
+) -> LocalRanks {
     let model = Arc::new(ModelConfig::from_dir(&golden::checkpoint()).expect("a valid config"));
     let limits = scheduler(1);
     let spec = |rank| RankSpec {
@@ -57,8 +70,7 @@ fn load_ranks(ranks: impl Iterator<Item = u32>, world_size: u32) -> LocalRanks {
         },
         block_size: limits.block_size,
     };
-    let loaded = LocalRanks::load(ranks.map(spec).collect(), |_| Ok(ReferenceBackend::new()));
-    loaded.expect("the fixture loads")
+    LocalRanks::load(ranks.map(spec).collect(), make_backend).expect("the fixture loads")
 }
 
 struct Group {
@@ -69,11 +81,19 @@ struct Group {
 
 impl Group {
     fn start(ranks: LocalRanks, pipeline_depth: u32) -> Self {
+        Self::start_with(ranks, scheduler(pipeline_depth))
+    }
+
+    fn start_with(ranks: LocalRanks, scheduler: SchedulerConfig) -> Self {
+        let eos_token_ids = vec![2050];
+        let tokenizer = Tokenizer::load(&golden::checkpoint().join("tokenizer.json"));
+        let tokenizer = tokenizer.expect("the fixture's tokenizer");
         let config = EngineConfig {
-            scheduler: scheduler(pipeline_depth),
+            scheduler,
             hidden_size: 256,
             vocab_size: 2176,
-            eos_token_ids: vec![2050],
+            grammar_vocabulary: Some(GrammarVocabulary::of(tokenizer, eos_token_ids.clone())),
+            eos_token_ids,
             poll_interval: Duration::from_millis(5),
             ..EngineConfig::default()
         };
@@ -115,15 +135,25 @@ impl Group {
         max_tokens: u32,
         block_keys: Vec<BlockKey>,
     ) -> Receiver<Event> {
+        let sampling = SamplingParams {
+            max_tokens,
+            ignore_eos: true,
+            logprobs: Some(2),
+            ..SamplingParams::default()
+        };
+        self.submit_sampled(golden, sampling, block_keys)
+    }
+
+    fn submit_sampled(
+        &self,
+        golden: &Golden,
+        sampling: SamplingParams,
+        block_keys: Vec<BlockKey>,
+    ) -> Receiver<Event> {
         let submission = Submission {
             prompt: Arc::clone(&golden.prompt),
             output: Vec::new(),
-            sampling: Arc::new(SamplingParams {
-                max_tokens,
-                ignore_eos: true,
-                logprobs: Some(2),
-                ..SamplingParams::default()
-            }),
+            sampling: Arc::new(sampling),
             seed: 1,
             priority: 0,
             tenant: tessera_types::TenantId::default(),
@@ -207,17 +237,28 @@ fn a_batch_draws_the_reference_tokens_at_every_degree_and_depth() {
 }
 
 #[test]
-fn alone_in_a_batch_and_after_preemption_the_bits_are_the_same() {
+fn same_bits_overlap_on_off() {
     let cases = cases();
-    let group = Group::start(load_ranks(0..2, 2), 2);
-    group.begin_threads(1, 2, NUM_BLOCKS);
+    let at_depth = |depth| {
+        let group = Group::start(load_ranks(0..WORLD_SIZE, WORLD_SIZE), depth);
+        group.begin_threads(1, WORLD_SIZE, NUM_BLOCKS);
+        group.run(&cases)
+    };
+    assert_eq!(at_depth(2), at_depth(1));
+}
+
+#[test]
+fn same_bits_after_preemption() {
+    let cases = cases();
+    let group = Group::start(load_ranks(0..WORLD_SIZE, WORLD_SIZE), 2);
+    group.begin_threads(1, WORLD_SIZE, NUM_BLOCKS);
     let alone: Vec<_> = cases.iter().map(|golden| finished(&group.submit(golden, 32))).collect();
     assert!(alone.iter().flatten().all(|(_, logprobs)| logprobs.is_some()));
     assert_eq!(group.run(&cases), alone);
     group.handle.end_epoch("a smaller cache");
     group.ends.recv().expect("the observer is told");
     // Each begins with 3 blocks and ends with 5; of these 12, one is the reserve.
-    group.begin_threads(2, 2, 12);
+    group.begin_threads(2, WORLD_SIZE, 12);
     let crowded = [0, 1, 1].map(|case| (case, group.submit(&cases[case], 32)));
     for (case, events) in &crowded {
         assert_eq!(finished(events), alone[*case]);
@@ -227,9 +268,9 @@ fn alone_in_a_batch_and_after_preemption_the_bits_are_the_same() {
 }
 
 #[test]
-fn after_a_prefix_hit_the_bits_are_the_same() {
-    let group = Group::start(load_ranks(0..2, 2), 2);
-    group.begin_threads(1, 2, NUM_BLOCKS);
+fn same_bits_prefix_hit() {
+    let group = Group::start(load_ranks(0..WORLD_SIZE, WORLD_SIZE), 2);
+    group.begin_threads(1, WORLD_SIZE, NUM_BLOCKS);
     let golden = golden::load("images", 0);
     let keys: Vec<_> = (0..5).map(|block| BlockKey(Hash256([block; 32]))).collect();
     let mut cached = Vec::new();
@@ -277,11 +318,11 @@ fn follow(
     mut follower: Follower,
     epoch: u64,
     abort: AbortHandle,
-    communicator: Communicator,
+    communicators: Vec<Communicator>,
     messages: Receiver<Message>,
 ) -> FollowerEnd {
     let serve = |follower: &mut Follower| {
-        follower.begin_epoch(Epoch(epoch), NUM_BLOCKS, abort, vec![communicator])?;
+        follower.begin_epoch(Epoch(epoch), NUM_BLOCKS, abort, communicators)?;
         loop {
             match messages.recv_timeout(Duration::from_millis(5)) {
                 Ok(Message::Plan(plan)) => follower.plan(plan)?,
@@ -311,7 +352,8 @@ fn wait_until_complete(follower: &mut Follower) -> Result<FollowerAck, ExecutorE
     }
 }
 
-/// Two processes' worth of one epoch over TCP: begins it on the group, and follows in a thread.
+/// Two processes' worth of one epoch over TCP, each with half of the ranks: begins it on the group, and
+/// follows in a thread.
 fn begin_tcp(
     group: &Group,
     follower: Follower,
@@ -323,36 +365,54 @@ fn begin_tcp(
     let deadline = Instant::now() + Duration::from_secs(60);
     let (leader_abort, follower_abort) =
         (AbortHandle::new(Epoch(epoch)), AbortHandle::new(Epoch(epoch)));
-    let bound = tcp::Root::bind(SocketAddr::new(localhost, 0), 2, &leader_abort, &config);
+    let half = follower.ranks().ranks().len() as u32;
+    let world_size = 2 * half;
+    let bound = tcp::Root::bind(SocketAddr::new(localhost, 0), world_size, &leader_abort, &config);
     let (root, id) = bound.expect("a free port");
     let (sender, messages) = bounded(16);
-    let following = std::thread::spawn(move || {
-        let joined = tcp::connect(&id, localhost, Rank(1), 2, deadline, &follower_abort, &config);
-        follow(follower, epoch, follower_abort, joined.expect("joins"), messages)
-    });
+    let join = |rank: u32, abort: &AbortHandle| {
+        let (id, config, abort) = (id.clone(), config.clone(), abort.clone());
+        std::thread::spawn(move || {
+            tcp::connect(&id, localhost, Rank(rank), world_size, deadline, &abort, &config)
+        })
+    };
+    let beside: Vec<_> = (1..half).map(|rank| join(rank, &leader_abort)).collect();
+    let theirs: Vec<_> = (half..world_size).map(|rank| join(rank, &follower_abort)).collect();
+    let joined = |joins: Vec<JoinHandle<_>>| {
+        let joined = joins.into_iter().map(|join| join.join().expect("no panic"));
+        joined.collect::<Result<Vec<Communicator>, _>>().expect("the ranks join")
+    };
+    let mut communicators = vec![root.accept(deadline).expect("the others join")];
+    communicators.extend(joined(beside));
+    let theirs = joined(theirs);
+    let following =
+        std::thread::spawn(move || follow(follower, epoch, follower_abort, theirs, messages));
     group.begin(EpochStart {
         epoch: Epoch(epoch),
         num_blocks: NUM_BLOCKS,
         abort: leader_abort.clone(),
-        communicators: vec![root.accept(deadline).expect("rank 1 joins")],
+        communicators,
         plans: Some(Box::new(Stream { messages: sender, edit })),
     });
     (leader_abort, following)
 }
 
 #[test]
-fn over_tcp_the_bits_are_those_of_threads() {
+fn same_bits_tcp_equals_threads() {
     let cases = cases();
-    let group = Group::start(load_ranks(0..2, 2), 2);
-    group.begin_threads(1, 2, NUM_BLOCKS);
+    let group = Group::start(load_ranks(0..WORLD_SIZE, WORLD_SIZE), 2);
+    group.begin_threads(1, WORLD_SIZE, NUM_BLOCKS);
     let over_threads = group.run(&cases);
+    let constrained = constrained(&group, &cases[0]);
     drop(group);
 
-    let group = Group::start(load_ranks(0..1, 2), 2);
-    let follower = Follower::new(load_ranks(1..2, 2), LEAVE_TIMEOUT);
+    let half = WORLD_SIZE / 2;
+    let group = Group::start(load_ranks(0..half, WORLD_SIZE), 2);
+    let follower = Follower::new(load_ranks(half..WORLD_SIZE, WORLD_SIZE), LEAVE_TIMEOUT);
     let progress = follower.ranks().progress();
     let (_, following) = begin_tcp(&group, follower, 1, Some);
     assert_eq!(group.run(&cases), over_threads);
+    assert_eq!(self::constrained(&group, &cases[0]), constrained);
     group.handle.end_epoch("test");
     let end = group.ends.recv().expect("the observer is told");
     assert!(end.left.is_ok(), "{end:?}");
@@ -360,8 +420,132 @@ fn over_tcp_the_bits_are_those_of_threads() {
     let ack = outcome.expect("a whole stream");
     // At least 32 steps that drew a token, each through the four layers of the checkpoint.
     assert!(ack.received >= StepId(32) && ack.completed == ack.received, "{ack:?}");
-    assert!(ack.progress >= 4 * 32 && ack.layer_us > 0, "{ack:?}");
-    assert_eq!(progress[0].layers(), ack.progress);
+    assert!(ack.progress >= 4 * 32 * u64::from(half) && ack.layer_us > 0, "{ack:?}");
+    assert_eq!(progress.iter().map(RankProgress::layers).sum::<u64>(), ack.progress);
+}
+
+/// What two grammars and temperatures make of a prompt, token by token.
+fn constrained(group: &Group, golden: &Golden) -> Vec<Vec<Drawn>> {
+    // White space is free otherwise, and this model is fond of it.
+    let schema = r#"{"type": "array", "items": {"enum": [1, "two", null]}, "maxItems": 4,
+        "x-guidance": {"whitespace_flexible": false}}"#;
+    let grammars =
+        [Grammar::JsonSchema(schema.to_owned()), Grammar::Regex("[a-z ]{5,20}\\.".to_owned())];
+    let streams: Vec<_> = grammars
+        .into_iter()
+        .flat_map(|grammar| [0.0, 1.0].map(|temperature| (grammar.clone(), temperature)))
+        .map(|(grammar, temperature)| {
+            let sampling = SamplingParams {
+                max_tokens: 64,
+                temperature,
+                logprobs: Some(1),
+                grammar: Some(grammar),
+                ..SamplingParams::default()
+            };
+            group.submit_sampled(golden, sampling, Vec::new())
+        })
+        .collect();
+    streams.iter().map(finished).collect()
+}
+
+/// The true model under grammars: what it writes can be read.
+#[test]
+fn a_constrained_model_writes_what_its_grammar_admits() {
+    let tokenizer = Tokenizer::load(&golden::checkpoint().join("tokenizer.json"));
+    let tokenizer = tokenizer.expect("the fixture's tokenizer");
+    let golden = golden::load("text", 0);
+    let cpu = |_| CpuBackend::new(1, CpuFormat::Bf16);
+    let backends = [load_ranks(0..2, 2), load_ranks_on(cpu, 0..2, 2)];
+    for ranks in backends {
+        let group = Group::start(ranks, 2);
+        group.begin_threads(1, 2, NUM_BLOCKS);
+        let all = constrained(&group, &golden);
+        let text = |drawn: &Vec<Drawn>| {
+            let (end, tokens) = drawn.split_last().expect("a token");
+            assert_eq!(end.0, 2050, "it ends by itself: {drawn:?}");
+            tokenizer.decode(&self::tokens(tokens))
+        };
+        for drawn in &all[..2] {
+            let value: serde_json::Value = serde_json::from_str(&text(drawn)).expect("JSON");
+            let items = value.as_array().expect("a list");
+            let admitted = [1.into(), "two".into(), serde_json::Value::Null];
+            assert!(items.len() <= 4 && items.iter().all(|item| admitted.contains(item)));
+        }
+        for drawn in &all[2..] {
+            let text = text(drawn);
+            let letters = text.strip_suffix('.').expect("a full stop");
+            assert!((5..=20).contains(&letters.len()), "{text:?}");
+            assert!(letters.bytes().all(|b| b.is_ascii_lowercase() || b == b' '), "{text:?}");
+        }
+    }
+}
+
+/// All log probabilities of a prompt, from its second token on.
+fn prompt_logprobs(group: &Group, golden: &Golden) -> Vec<TokenLogprobs> {
+    let sampling =
+        SamplingParams { max_tokens: 2, prompt_logprobs: Some(3), ..SamplingParams::default() };
+    let events = group.submit_sampled(golden, sampling, Vec::new());
+    let mut all = Vec::new();
+    for event in &events {
+        match event {
+            Event::PromptLogprobs { first_token, tokens } => {
+                assert_eq!(first_token as usize, all.len() + 1, "lost or repeated");
+                all.extend(tokens);
+            }
+            Event::Token { .. } => assert_eq!(all.len(), golden.prompt.tokens.len() - 1),
+            Event::Finished { .. } => return all,
+            Event::Failed { error } => panic!("{error}"),
+            _ => {}
+        }
+    }
+    panic!("the stream ended without a last event")
+}
+
+#[test]
+fn prompt_logprobs_are_those_of_the_reference_whatever_the_chunks() {
+    let (golden, images) = (golden::load("text", 0), golden::load("images", 1));
+    let vocab_size = golden.logits.len() / golden.prompt.tokens.len();
+    for world_size in [1, 2] {
+        let mut runs = Vec::new();
+        for max_tokens_per_step in [33, 7] {
+            let limits = SchedulerConfig { max_tokens_per_step, ..scheduler(2) };
+            let group = Group::start_with(load_ranks(0..world_size, world_size), limits);
+            group.begin_threads(1, world_size, NUM_BLOCKS);
+            runs.push([&golden, &images].map(|golden| prompt_logprobs(&group, golden)));
+        }
+        let targets = golden.prompt.tokens[1..].iter();
+        for ((row, &target), ours) in
+            golden.logits.chunks_exact(vocab_size).zip(targets).zip(&runs[0][0])
+        {
+            let sum: f64 = row.iter().map(|&logit| f64::from(logit).exp()).sum();
+            let exact = |token: TokenId| f64::from(row[token as usize]) - sum.ln();
+            let close = |logprob: f32, token| (f64::from(logprob) - exact(token)).abs() < 1e-3;
+            assert!(close(ours.logprob, target), "{ours:?}, exactly {}", exact(target));
+            assert!(ours.top.len() == 3 && ours.top.is_sorted_by(|a, b| a.1 >= b.1));
+            assert!(ours.top.iter().all(|&(token, logprob)| close(logprob, token)));
+        }
+        assert_eq!(runs[0], runs[1], "degree {world_size}");
+    }
+}
+
+#[test]
+fn a_warm_up_fits_the_budget_and_leaves_nothing_behind() {
+    let group = Group::start(load_ranks(0..2, 2), 2);
+    group.begin_threads(1, 2, NUM_BLOCKS);
+    let warm_up = || {
+        let (sender, reply) = bounded(1);
+        let answer = Box::new(move |result| sender.send(result).expect("one reply"));
+        group.handle.warm_up(answer).expect("an empty inbox");
+        reply.recv().expect("a reply").expect("full steps")
+    };
+    let found = warm_up();
+    assert_eq!(found.token_budget, 33, "there is no target, so it is the greatest");
+    assert!(found.step_time > Duration::ZERO);
+    assert_eq!(warm_up(), found, "once is enough");
+    let golden = golden::load("text", 0);
+    assert_eq!(tokens(&finished(&group.submit(&golden, 32))), golden.greedy_tokens);
+    let load = group.handle.load();
+    assert_eq!(load.scheduler.num_free_blocks, load.scheduler.num_blocks);
 }
 
 #[test]

@@ -70,10 +70,19 @@ pub(crate) fn step(inputs: &StepInputs, limits: &StepLimits) -> Result<()> {
     if last > tokens {
         return Err(wrong("cu_q", format!("ends at {last} of {tokens} tokens")));
     }
-    match inputs.logit_rows.iter().find(|row| **row as usize >= tokens) {
-        Some(row) => Err(wrong("logit_rows", format!("row {row} of {tokens} tokens"))),
-        None => Ok(()),
+    for (field, rows) in [("logit_rows", &inputs.logit_rows), ("score_rows", &inputs.score_rows)] {
+        if let Some(row) = rows.iter().find(|row| **row as usize >= tokens) {
+            return Err(wrong(field, format!("row {row} of {tokens} tokens")));
+        }
     }
+    Ok(())
+}
+
+/// `rows` of the rows to be scored, from number `from` on.
+pub(crate) fn score_tile(inputs: &StepInputs, from: u32, rows: u32) -> Result<&[u32]> {
+    let (from, rows, len) = (from as usize, rows as usize, inputs.score_rows.len());
+    let tile = inputs.score_rows.get(from..from + rows);
+    tile.ok_or_else(|| wrong("score_rows", format!("{from} + {rows} of {len} rows")))
 }
 
 /// A vision step: segments cover all patches, and `inverse` names merged rows.
