@@ -2,6 +2,7 @@
 //! left behind.
 
 mod bad_requests;
+mod bench;
 mod by_hand;
 mod command_line;
 mod concurrent;
