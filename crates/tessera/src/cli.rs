@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::generate::{GenerateArgs, generate};
 use crate::roles;
 use crate::settings::{Settings, parse_value};
+use crate::shard::{ShardArgs, shard};
 use crate::up::{UpArgs, up};
 
 /// Serves Qwen2.5-VL on a cluster.
@@ -35,6 +36,8 @@ enum Command {
     Generate(GenerateArgs),
     /// Measure the engine of this machine, or a server.
     Bench(BenchArgs),
+    /// Write a checkpoint as one file per rank, for fast restarts.
+    Shard(ShardArgs),
     /// Print all settings with their values, as a file that --config reads.
     Config(CommonArgs),
 }
@@ -156,6 +159,7 @@ impl Cli {
             }
             Command::Generate(args) => roles::block_on(async move { generate(&args).await })?,
             Command::Bench(args) => bench(&args),
+            Command::Shard(args) => shard(&args),
             Command::Config(common) => {
                 print!("{}", common.settings(Vec::new())?.to_toml()?);
                 Ok(())

@@ -51,6 +51,8 @@ pub enum Error {
     Encoder(#[from] tessera_encoder::EncoderError),
     #[error("the decoder stopped")]
     Decoder(#[from] tessera_decoder::DecoderError),
+    #[error("the checkpoint was not sharded")]
+    Shard(#[source] tessera_model::ModelError),
     #[error("the embedded store failed")]
     Store(#[from] tessera_membership::EmbeddedError),
     #[error("cannot find this program's own file, which `up` starts again for each role")]

@@ -3,14 +3,16 @@
 //!
 //! Modules: [`cli`] (flags), [`settings`] (defaults < file < environment < flags), [`roles`] (run one
 //! role), [`up`] (a whole cluster on this machine), [`generate`] (ask a question), [`bench`] (how
-//! fast it is), [`signals`], [`error`].
+//! fast it is), [`shard`] (one file per rank), [`progress`] (a bar), [`signals`], [`error`].
 
 mod bench;
 mod cli;
 mod error;
 mod generate;
+mod progress;
 mod roles;
 mod settings;
+mod shard;
 mod signals;
 mod up;
 

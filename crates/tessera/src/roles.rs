@@ -4,6 +4,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::cli::CommonArgs;
 use crate::error::{Error, Result};
+use crate::progress;
 use crate::settings::Settings;
 use crate::signals;
 
@@ -42,6 +43,13 @@ pub fn decoder(settings: Settings, common: &CommonArgs) -> Result<()> {
     tessera_telemetry::init_tracing(&settings.log)?;
     runtime()?.block_on(async {
         let shutdown = signals::shutdown(common.exit_with_stdin)?;
-        Ok(tessera_decoder::run(settings.decoder, shutdown).await?)
+        // Under a supervisor several processes share the terminal, where bars would overwrite each other.
+        match progress::bar("loading").filter(|_| !common.exit_with_stdin) {
+            Some(bar) => {
+                let observe = Box::new(move |progress| bar.show(progress));
+                Ok(tessera_decoder::run_observed(settings.decoder, observe, shutdown).await?)
+            }
+            None => Ok(tessera_decoder::run(settings.decoder, shutdown).await?),
+        }
     })
 }
