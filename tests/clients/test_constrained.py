@@ -5,6 +5,7 @@ import json
 
 import openai
 import pytest
+from conftest import data_url, load_golden
 
 MESSAGES = [{"role": "user", "content": "Name 3 things."}]
 SCHEMA = {
@@ -100,3 +101,29 @@ def test_the_clients_own_stream_helper(client):
         completion = stream.get_final_completion()
     (call,) = completion.choices[0].message.tool_calls
     assert call.function.parsed_arguments["kind"] in ("cat", "dog")
+
+
+def test_prompt_log_probabilities(client):
+    golden = load_golden("text")
+    completion = client.chat.completions.create(
+        model="tiny", messages=golden.messages, max_tokens=1, extra_body={"prompt_logprobs": 2}
+    )
+    first, *rest = completion.prompt_logprobs
+    assert first is None and len(rest) == len(golden.prompt_ids) - 1
+    for entry, token in zip(rest, golden.prompt_ids[1:]):
+        assert entry[str(token)]["logprob"] <= 0
+        assert [e["rank"] for e in entry.values() if e["rank"]] == [1, 2]
+
+
+def test_a_second_turn_about_a_picture_encodes_nothing(client):
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url("wide_70x42.png")}},
+        {"type": "text", "text": "What is it?"},
+    ]
+    messages = [{"role": "user", "content": content}]
+    first = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)
+    messages += [first.choices[0].message, {"role": "user", "content": "And its colour?"}]
+    second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)
+    (item,) = second.tessera["media"]
+    assert item["cache_hit"]
+    assert second.usage.prompt_tokens_details.cached_tokens >= item["num_tokens"]
