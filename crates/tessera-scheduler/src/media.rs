@@ -89,10 +89,12 @@ impl Scheduler {
         deferred.for_each(|(_, state)| *state = MediaState::Covered);
         let num_computed = sequence.num_computed;
         match self.places.get(&id) {
-            Some(Place::Waiting) if arrived => {
-                self.queue.update(id, |waiting| waiting.parked = false);
-            }
             Some(Place::Waiting) => {
+                // It may be covered by now, and then asks for nothing.
+                self.queue.update(id, |waiting| waiting.parked = false);
+                if arrived {
+                    return;
+                }
                 let sequence = self.queue.get(id).expect("places says that it waits");
                 let num_covered = self.num_covered(&self.prefix_hit(sequence));
                 self.ask_for_media(id, num_covered);
