@@ -23,7 +23,22 @@ pub(crate) async fn run(engine: &EngineHandle) -> Result<Vec<TokenId>, String> {
     }
 }
 
-/// Runs the canary and holds it against the stored tokens, or stores them if none are.
+/// Warms the ranks up and fits the token budget; only a process's first epoch takes time for it.
+///
+/// # Errors
+/// A step failed, and the epoch with it.
+async fn warm_up(engine: &EngineHandle) -> Result<(), String> {
+    let (reply, answer) = oneshot::channel();
+    // Whoever stopped waiting needs no answer.
+    let reply = Box::new(move |result| drop(reply.send(result)));
+    engine.warm_up(reply).map_err(|error| error.to_string())?;
+    match answer.await {
+        Ok(result) => result.map(drop).map_err(|error| chain(&error)),
+        Err(_) => Err("the engine has stopped".to_owned()),
+    }
+}
+
+/// Warms up, then runs the canary and holds it against the stored tokens, or stores them if none are.
 ///
 /// # Errors
 /// It failed, its tokens differ, or the store does not answer.
@@ -32,6 +47,7 @@ pub(crate) async fn first(
     store: Store,
     key: String,
 ) -> Result<Vec<TokenId>, String> {
+    warm_up(&engine).await?;
     let token_ids = run(&engine).await?;
     let record = CanaryRecord { token_ids };
     let stored = match store.create(&key, record.to_bytes(), None).await {

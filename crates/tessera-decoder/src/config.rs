@@ -42,7 +42,8 @@ pub struct DecoderConfig {
     pub state_dir: PathBuf,
     /// Tokens per KV block.
     pub block_size: u32,
-    /// Memory for the KV cache of each rank.
+    /// Memory for the KV cache of each rank; 0: a quarter of the memory that is free once the weights are
+    /// loaded, over the ranks of the process, and no more than `max_sequences` of `max_model_len` can fill.
     pub kv_cache_bytes: u64,
     /// Prompt plus output of one sequence, in tokens; 0: the checkpoint's context.
     pub max_model_len: u32,
@@ -50,8 +51,11 @@ pub struct DecoderConfig {
     pub max_sequences: u32,
     /// Sequences that may wait; one more is refused.
     pub max_waiting: u32,
-    /// Tokens computed in one step.
+    /// Most tokens computed in one step; buffers are sized for it.
     pub max_tokens_per_step: u32,
+    /// Longest that a step of prefill may take, which is how long running sequences wait beside it: before
+    /// the first request a warm-up measures steps and lowers the tokens per step to meet it. 0: no limit.
+    pub step_time_target_ms: u32,
     /// Steps in flight: 2 overlaps scheduling with computing, 1 does not.
     pub pipeline_depth: u32,
     /// Embeddings held by rank 0, those under way included.
@@ -104,11 +108,12 @@ impl Default for DecoderConfig {
             threads: 0,
             state_dir: PathBuf::new(),
             block_size: 16,
-            kv_cache_bytes: 256 << 20,
+            kv_cache_bytes: 0,
             max_model_len: 0,
             max_sequences: 32,
             max_waiting: 256,
-            max_tokens_per_step: 64,
+            max_tokens_per_step: 512,
+            step_time_target_ms: 1500,
             pipeline_depth: 2,
             max_embedding_bytes: 1 << 30,
             fetch_timeout_ms: 10_000,
@@ -191,7 +196,6 @@ impl DecoderConfig {
         )?;
         self.parse_device()?;
         check(self.block_size >= 1, "decoder.block_size", "must be at least 1")?;
-        check(self.kv_cache_bytes >= 1, "decoder.kv_cache_bytes", "must be at least 1")?;
         check(self.max_sequences >= 1, "decoder.max_sequences", "must be at least 1")?;
         check(self.max_tokens_per_step >= 1, "decoder.max_tokens_per_step", "must be at least 1")?;
         let depth = (1..=2).contains(&self.pipeline_depth);

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use tessera_engine::{SequenceError, SubmitError};
+use tessera_engine::{GrammarError, SequenceError, SubmitError};
 use tessera_proto::ErrorReason;
 use tessera_scheduler::AddError;
 use tonic::Status;
@@ -63,12 +63,21 @@ pub fn sequence_status(error: &SequenceError) -> Status {
     let reason = match error {
         SequenceError::Refused(refusal) => add_reason(refusal),
         SequenceError::UnknownToken { .. } => ErrorReason::InvalidArgument,
+        SequenceError::Grammar(error) => return grammar_status(error),
         SequenceError::EmbeddingsTooLarge { .. } => ErrorReason::RequestTooLarge,
         SequenceError::Media { .. } => ErrorReason::EncoderFailed,
         SequenceError::EmbeddingShape { .. } => ErrorReason::ModelMismatch,
         SequenceError::GroupLost { .. } | SequenceError::ShuttingDown => ErrorReason::GroupLost,
     };
     reason.status(tessera_engine::error::chain(error)).into()
+}
+
+/// A grammar is at fault for all but a full queue.
+fn grammar_status(error: &GrammarError) -> Status {
+    match error {
+        GrammarError::Busy => ErrorReason::Overloaded.status(error.to_string()).into(),
+        _ => refused("grammar", error.to_string()),
+    }
 }
 
 fn add_reason(error: &AddError) -> ErrorReason {

@@ -163,7 +163,7 @@ fn begin(
     let prompt: Arc<Prompt> = Arc::new(prompt.try_into()?);
     let sampling = start.sampling.as_ref().ok_or_else(|| missing("sampling"))?;
     let sampling = Arc::new(tessera_types::SamplingParams::try_from(sampling)?);
-    let (events, receiver) = mpsc::channel(sampling.max_tokens as usize + EXTRA_EVENTS);
+    let (events, receiver) = mpsc::channel(num_events(&prompt, &sampling));
     let submission = Submission {
         block_keys: shared.block_keys.keys(&prompt, &start.output_token_ids),
         prompt: prompt.clone(),
@@ -193,6 +193,12 @@ fn begin(
         responses: responses.clone(),
     };
     Ok((attempt, receiver, arrivals, deadline))
+}
+
+/// Most events of a sequence. A chunk of prompt whose tokens are scored is one, and may be a single token.
+fn num_events(prompt: &Prompt, sampling: &tessera_types::SamplingParams) -> usize {
+    let num_scored = sampling.prompt_logprobs.map_or(0, |_| prompt.tokens.len());
+    sampling.max_tokens as usize + num_scored + EXTRA_EVENTS
 }
 
 impl Attempt {
@@ -286,6 +292,11 @@ impl Attempt {
                 self.respond(pb::generate_response::Message::MediaNeeded(message)).await?;
             }
             Event::Started { .. } => {}
+            Event::PromptLogprobs { first_token, tokens } => {
+                let tokens = tokens.iter().map(Into::into).collect();
+                let message = pb::PromptLogprobs { attempt, first_token, tokens };
+                self.respond(pb::generate_response::Message::PromptLogprobs(message)).await?;
+            }
             Event::Token { .. } => unreachable!("tokens are reported in runs"),
             Event::Finished { reason, num_output_tokens, num_cached_tokens, timings } => {
                 self.sequence.ended = true;

@@ -1,12 +1,11 @@
 //! What this process holds of the model: its ranks with their share of the weights, loaded once and kept
 //! over epochs.
 
-use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tessera_cluster::{DecoderCapacity, ModelIdentity};
-use tessera_engine::{EngineConfig, LocalRanks, RankProgress, RankSpec};
+use tessera_engine::{EngineConfig, GrammarVocabulary, LocalRanks, RankProgress, RankSpec};
 use tessera_kernels::{CpuBackend, Device, ReferenceBackend, StepLimits};
 use tessera_model::{ModelConfig, Weights};
 use tessera_processor::{BlockKeyChain, ProcessorConfig, Tokenizer};
@@ -15,6 +14,7 @@ use tessera_types::{NumericsId, Rank};
 
 use crate::config::DecoderConfig;
 use crate::error::DecoderError;
+use crate::kv_memory::{self, KvMemory};
 use crate::loading::LoadObserver;
 
 /// Ranks whose weights are in place, and what follows from them.
@@ -45,13 +45,21 @@ pub(crate) fn load(config: &DecoderConfig, observe: LoadObserver) -> Result<Shar
     let language_fingerprint = weights.language_fingerprint(&model).map_err(model_error)?;
     let vision_fingerprint = weights.vision_fingerprint(&model).map_err(model_error)?;
     drop(weights);
-    let engine = engine_config(config, &model, processor.generation.eos_token_ids);
+    let tokenizer =
+        Tokenizer::load(&source.directory.join("tokenizer.json")).map_err(model_error)?;
+    let mut engine = engine_config(config, &model, processor.generation.eos_token_ids);
+    // Rows of the vocabulary beyond its tokens are padding and never drawn.
+    let num_real_tokens = tokenizer.num_tokens().min(engine.vocab_size);
+    if config.slot == 0 {
+        let eos_token_ids = engine.eos_token_ids.clone();
+        engine.grammar_vocabulary = Some(GrammarVocabulary::of(tokenizer, eos_token_ids));
+    }
     let limits = StepLimits {
         max_tokens: engine.scheduler.max_tokens_per_step,
         max_sequences: engine.scheduler.num_slots(),
         max_blocks_per_sequence: engine.scheduler.max_blocks_per_sequence(),
         max_visual_rows: engine.scheduler.max_tokens_per_step,
-        num_real_tokens: num_real_tokens(&source.directory, engine.vocab_size)?,
+        num_real_tokens,
     };
     let spec = |rank: u32| RankSpec {
         rank: Rank(rank),
@@ -64,7 +72,9 @@ pub(crate) fn load(config: &DecoderConfig, observe: LoadObserver) -> Result<Shar
     let first = config.first_rank();
     let specs = (first..first + config.ranks_per_process).map(spec).collect();
     let ranks = load_ranks(config, specs, observe)?;
-    let num_kv_blocks = num_kv_blocks(config, &ranks)?;
+    let kv_memory = kv_memory(config, &ranks, &engine.scheduler)?;
+    kv_memory.log(&engine.scheduler);
+    let num_kv_blocks = kv_memory.num_blocks;
     let numerics = numerics_of(&ranks);
     tracing::info!(
         num_kv_blocks,
@@ -88,11 +98,7 @@ pub(crate) fn load(config: &DecoderConfig, observe: LoadObserver) -> Result<Shar
             num_kv_blocks,
             block_size: config.block_size,
             max_sequences: engine.scheduler.max_running,
-            // A sequence has to fit into the cache too, beside the canary's block.
-            max_model_len: engine
-                .scheduler
-                .max_model_len
-                .min((num_kv_blocks - 1).saturating_mul(config.block_size)),
+            max_model_len: kv_memory.longest_sequence(&engine.scheduler),
         },
         block_keys: BlockKeyChain::new(language_fingerprint, numerics, config.block_size, "", []),
         engine,
@@ -148,29 +154,24 @@ fn engine_config(
         vocab_size: model.text.vocab_size as u32,
         eos_token_ids,
         max_embedding_bytes: config.max_embedding_bytes,
+        step_time_target: match config.step_time_target_ms {
+            0 => None,
+            ms => Some(Duration::from_millis(ms.into())),
+        },
         planted: config.planted,
         ..EngineConfig::default()
     }
 }
 
-/// Ids with a token; rows of the vocabulary beyond them are padding and never drawn.
-fn num_real_tokens(directory: &Path, vocab_size: u32) -> Result<u32, DecoderError> {
-    let tokenizer = Tokenizer::load(&directory.join("tokenizer.json")).map_err(model_error)?;
-    Ok(tokenizer.num_tokens().min(vocab_size))
-}
-
-/// Blocks that every local rank can hold.
-fn num_kv_blocks(config: &DecoderConfig, ranks: &LocalRanks) -> Result<u32, DecoderError> {
+/// The cache that every local rank can hold.
+fn kv_memory(
+    config: &DecoderConfig,
+    ranks: &LocalRanks,
+    scheduler: &SchedulerConfig,
+) -> Result<KvMemory, DecoderError> {
     let bytes = ranks.ranks().iter().map(|rank| rank.info().kv_block_bytes).max().unwrap_or(1);
-    let blocks = u32::try_from(config.kv_cache_bytes / bytes.max(1)).unwrap_or(u32::MAX);
-    // One block is the canary's.
-    match blocks {
-        0 | 1 => Err(DecoderError::Config {
-            field: "decoder.kv_cache_bytes",
-            reason: format!("must hold at least two blocks of {bytes} bytes"),
-        }),
-        blocks => Ok(blocks),
-    }
+    let (setting, free) = (config.kv_cache_bytes, kv_memory::free_bytes());
+    KvMemory::plan(setting, free, bytes, config.ranks_per_process, scheduler)
 }
 
 fn numerics_of(ranks: &LocalRanks) -> NumericsId {

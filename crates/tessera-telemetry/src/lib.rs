@@ -23,6 +23,6 @@ pub use config::{AdminConfig, LogConfig, LogFormat};
 pub use error::TelemetryError;
 pub use log::init_tracing;
 pub use prometheus::{
-    Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Counter, Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 };
 pub use registry::Registry;

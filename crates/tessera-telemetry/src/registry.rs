@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    Counter, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, TextEncoder,
 };
 
@@ -46,6 +46,13 @@ impl Registry {
     pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter, TelemetryError> {
         check_counter(name)?;
         let metric = IntCounter::new(name, help).map_err(|e| failed(name, e))?;
+        self.register(name, metric)
+    }
+
+    /// A time that adds up, in seconds.
+    pub fn seconds(&self, name: &str, help: &str) -> Result<Counter, TelemetryError> {
+        check_counter(name)?;
+        let metric = Counter::new(name, help).map_err(|e| failed(name, e))?;
         self.register(name, metric)
     }
 

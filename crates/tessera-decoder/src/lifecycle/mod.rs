@@ -211,11 +211,9 @@ impl Lifecycle {
         self.look_after_drain();
         self.feed_drain(tessera_cluster::drain::Event::Tick);
         self.run_idle_canary();
-        let load = self.engine_load();
-        self.metrics.running.set(load.running.into());
-        self.metrics.waiting.set(load.waiting.into());
-        self.metrics.kv_blocks.set(load.num_blocks.into());
-        self.metrics.kv_blocks_free.set(load.num_free_blocks.into());
+        if let Worker::Leader { engine, .. } = &self.worker {
+            self.metrics.observe(&engine.load());
+        }
     }
 
     fn perform(&mut self, action: Action) {
@@ -418,13 +416,6 @@ impl Lifecycle {
 
     fn leads(&self) -> bool {
         matches!(self.worker, Worker::Leader { .. })
-    }
-
-    fn engine_load(&self) -> tessera_scheduler::Load {
-        match &self.worker {
-            Worker::Leader { engine, .. } => engine.load().scheduler,
-            Worker::Follower { .. } => tessera_scheduler::Load::default(),
-        }
     }
 
     /// Leaves nothing behind in the store.
