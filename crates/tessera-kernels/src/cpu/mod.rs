@@ -15,8 +15,8 @@
 //! batch, chunks or block ids: `gemm` and `attention` say how.
 //!
 //! Modules: `backend` (the operations), `gemm` (the product), `linear`, `pack` (loading), `paged`, `segments`,
-//! `attention`, `softmax` and `products`, `kv`, `norm`, `rope`; under them `isa` (instruction sets), `word` (formats), `pool` (threads),
-//! `memory`, `scratch` and `compute`; [`CpuLimits`] measures the machine.
+//! `attention`, `softmax` and `products`, `kv`, `norm`, `rope`; under them `isa` (instruction sets), `word`
+//! (formats), `pool` (threads), `memory`, `scratch` and `compute`; [`CpuLimits`] measures the machine.
 
 mod attention;
 mod backend;

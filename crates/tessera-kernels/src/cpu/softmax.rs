@@ -4,7 +4,7 @@ use super::isa::Isa;
 use super::products::TILE;
 use super::word::Word;
 
-/// Largest exponent below 0 at which 2^x is not a normal number any more; there it counts as 0.
+/// Where 2^x ends to be a normal number; from here down it counts as 0.
 const LOWEST: f32 = -126.0;
 
 /// 2^x for x ≤ 0, exactly 0 from −126 down. Relative error below 3e-7.
@@ -79,7 +79,8 @@ impl RowState {
 }
 
 /// Turns the first `visible` of a row of scores into probabilities 2^(score·scale − max), rounded into `words`;
-/// the others up to `count` become exactly 0. Returns what the sums of earlier tiles are to be multiplied by.
+/// the others up to `count`, and scores that are no numbers, become exactly 0. Returns what the sums of earlier
+/// tiles are to be multiplied by.
 /// Position i of the tile belongs to lane i mod LANES of the sum.
 ///
 /// # Safety

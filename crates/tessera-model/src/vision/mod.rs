@@ -261,7 +261,9 @@ impl<B: Backend> VisionTower<B> {
         let len = self.config.patch_len();
         let rows: Vec<&[f32]> =
             items.iter().flat_map(|item| item.pixel_values.chunks_exact(len)).collect();
-        order.patches.iter().flat_map(|patch| rows[*patch as usize]).copied().collect()
+        let mut permuted = Vec::with_capacity(rows.len() * len);
+        order.patches.iter().for_each(|patch| permuted.extend_from_slice(rows[*patch as usize]));
+        permuted
     }
 }
 
