@@ -22,26 +22,30 @@ use self::report::Report;
 use super::limits::LimitMeter;
 use crate::error::Result;
 
-/// Runs what the flags ask for; each section is printed when it is done.
+/// Runs what the flags ask for. Each section is printed, and the report written, when it is done, so that an
+/// interrupted run keeps what it has.
 pub fn run(args: &EngineArgs) -> Result<()> {
     let plan = args.plan()?;
     let mut report = Report::new(&plan);
     report.print_head();
+    let save = |report: &Report<'_>| args.json.as_ref().map_or(Ok(()), |file| report.write(file));
     let meter = LimitMeter::new(plan.device, plan.total_threads())?;
     // The tower first, so that it and the language model are never held at once.
     vision::run(&plan, &meter, &mut report)?;
+    save(&report)?;
     if plan.needs_engine() {
         let started = Instant::now();
         let harness = Harness::start(&plan)?;
         report.loaded(started.elapsed());
         let mut bench = Bench::new(&plan, &harness, &meter);
         bench.prefill(&mut report)?;
+        save(&report)?;
         bench.decode(&mut report)?;
+        save(&report)?;
         mixed::run(&bench, &mut report)?;
+        save(&report)?;
         continuous::run(&bench, &mut report)?;
-    }
-    if let Some(file) = &args.json {
-        report.write(file)?;
+        save(&report)?;
     }
     Ok(())
 }
