@@ -1,14 +1,16 @@
 //! Shares of the machine's multiplication peak that prefill and the vision tower of the 3B shape reach.
 //!
 //! A few layers with random weights are timed operation by operation and summed up to the full depth, each run
-//! right after the peak is measured. Argument: `prefill` or `vision` (both without one).
+//! right after the peak is measured. Attention of one token over a long context is held against the time it takes
+//! to read its keys and values. Argument: `prefill`, `vision` or `context` (all without one).
 
 use std::error::Error;
 use std::time::{Duration, Instant};
 
 use tessera_kernels::cpu::{CpuLimits, Path};
 use tessera_kernels::{
-    Backend, CpuBackend, CpuFormat, OpTime, StepInputs, StepLimits, Timed, TokenSource,
+    Act, Backend, CpuBackend, CpuFormat, DType, HostRows, KvSpec, OpTime, RopeSpec, SlotId,
+    SlotSpec, StepInputs, StepLimits, Timed, TokenSource,
 };
 use tessera_model::{
     Decoder, ModelConfig, TpSplit, VisionItem, VisionTower, WeightSource, Weights,
@@ -24,6 +26,8 @@ const LAYERS: u32 = 4;
 const TEXT_LAYERS: usize = 36;
 const PROMPT_TOKENS: usize = 512;
 const BLOCK_SIZE: usize = 16;
+/// Tokens of context of a decode step.
+const CONTEXTS: [usize; 3] = [2048, 8192, 32_768];
 /// Patches along each side of a 1008 × 1008 image.
 const SIDE: usize = 72;
 /// Layers of the tower that attend inside windows, and over the whole image.
@@ -199,6 +203,72 @@ fn vision(limits: &CpuLimits, threads: usize) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// Attention of one token of one sequence over `tokens` tokens of context.
+fn context(threads: usize, kv_heads: u32, tokens: usize) -> Result<(), Box<dyn Error>> {
+    const CACHE_LAYERS: u32 = 8;
+    let limits = CpuLimits::new(threads, CpuFormat::Bf16, Path::detect(), 256 << 20)?;
+    let (dim, group) = (128, 8);
+    let cols = (group + 2) * kv_heads * dim;
+    let slot =
+        |id, cols| SlotSpec { slot: SlotId(id), max_rows: tokens as u32, cols, dtype: DType::F32 };
+    let specs = [slot(0, cols), slot(1, group * kv_heads * dim)];
+    let blocks = tokens.div_ceil(BLOCK_SIZE) as u32;
+    let limit = StepLimits {
+        max_tokens: tokens as u32,
+        max_sequences: 1,
+        max_blocks_per_sequence: blocks,
+        ..StepLimits::default()
+    };
+    let mut b = CpuBackend::new(threads, CpuFormat::Bf16)?;
+    b.plan(&specs, &limit)?;
+    let spec = KvSpec {
+        num_layers: CACHE_LAYERS,
+        num_kv_heads: kv_heads,
+        head_dim: dim,
+        block_size: BLOCK_SIZE as u32,
+        rope: RopeSpec { theta: 1e6, sections: [16, 24, 24], yarn: None },
+    };
+    let mut kv = b.alloc_kv(&spec, blocks)?;
+    // Blocks lie anywhere but in order.
+    let block = |index: usize| (index * 7 + 3) % blocks as usize;
+    let slot = |at: usize| (block(at / BLOCK_SIZE) * BLOCK_SIZE + at % BLOCK_SIZE) as i64;
+    let inputs = |first: usize| StepInputs {
+        token_source: vec![TokenSource::Host(0); tokens - first],
+        positions: (first as i32..tokens as i32).map(|at| [at; 3]).collect(),
+        slot_mapping: (first..tokens).map(slot).collect(),
+        visual_row: vec![-1; tokens - first],
+        cu_q: vec![0, (tokens - first) as u32],
+        kv_len: vec![tokens as u32],
+        block_tables: (0..blocks as usize).map(|index| block(index) as u32).collect(),
+        block_table_stride: blocks,
+        ..StepInputs::default()
+    };
+    let act = |index: usize, rows: usize| Act::of(&specs[index], rows as u32);
+    let values: Vec<f32> =
+        (0..tokens * cols as usize).map(|at| (at * 37 % 101) as f32 / 50.0 - 1.0).collect();
+    b.upload(&inputs(0))?;
+    for layer in 0..CACHE_LAYERS {
+        b.upload_rows(act(0, tokens), 0, HostRows { values: &values, cols })?;
+        b.rope_kv_write(act(0, tokens), &mut kv, layer)?;
+    }
+    b.upload(&inputs(tokens - 1))?;
+    let bytes = f64::from(CACHE_LAYERS * kv_heads * dim) * (tokens * 2 * 2) as f64;
+    let mut pairs = Vec::new();
+    for _ in 0..PAIRS {
+        let limit = bytes / limits.read_bytes_per_second();
+        let start = Instant::now();
+        for layer in 0..CACHE_LAYERS {
+            b.attention_paged(act(0, 1), &kv, layer, act(1, 1))?;
+        }
+        pairs.push((start.elapsed().as_secs_f64(), limit));
+    }
+    let layers = f64::from(CACHE_LAYERS);
+    let time = median(pairs.iter().map(|(time, _)| time * 1e3 / layers));
+    let share = median(pairs.iter().map(|(time, limit)| limit / time));
+    println!("1 token, {kv_heads} KV heads, {tokens:>6} tokens {time:>8.3} ms, share {share:.2}");
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let wanted = std::env::args().nth(1);
     let wants = |what: &str| wanted.as_deref().is_none_or(|wanted| wanted == what);
@@ -210,6 +280,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     if wants("vision") {
         vision(&limits, threads)?;
+    }
+    if wants("context") {
+        for (kv_heads, tokens) in
+            [2, 1].into_iter().flat_map(|heads| CONTEXTS.map(|len| (heads, len)))
+        {
+            context(threads, kv_heads, tokens)?;
+        }
     }
     Ok(())
 }
