@@ -152,8 +152,10 @@ impl Backend for CpuBackend {
         expect("rope_kv_write", "tokens", self.host.inputs.positions.len(), qkv.rows as usize)?;
         let spec = *kv.spec();
         let (dim, kv_heads) = (spec.head_dim as usize, spec.num_kv_heads as usize);
-        let rope = DecoderRope::new(&spec.rope, spec.head_dim);
-        let rows = self.host.inputs.positions.iter().map(|position| rope.angles(*position));
+        let rows = || {
+            let rope = DecoderRope::new(&spec.rope, spec.head_dim);
+            self.host.inputs.positions.iter().map(move |position| rope.angles(*position))
+        };
         let angles = self.decoder_angles.of((spec.rope, spec.head_dim), rows);
         let (data, cols) = (self.host.slots.get_mut(qkv)?, qkv.cols as usize);
         let rotated = cols - kv_heads * dim;
@@ -177,8 +179,10 @@ impl Backend for CpuBackend {
     fn rope_2d(&mut self, qkv: Act, heads: HeadShape) -> Result<()> {
         let hidden = host::check_vision("rope_2d", &self.host.vision, qkv, heads)?;
         let dim = heads.head_dim as usize;
-        let rope = VisionRope::new(heads);
-        let rows = self.host.vision.row_col.iter().map(|row_col| rope.angles(*row_col));
+        let rows = || {
+            let rope = VisionRope::new(heads);
+            self.host.vision.row_col.iter().map(move |row_col| rope.angles(*row_col))
+        };
         let angles = self.vision_angles.of(heads, rows);
         let data = self.host.slots.get_mut(qkv)?;
         rotate_rows(&self.compute, data, 3 * hidden, 2 * hidden, dim, angles);

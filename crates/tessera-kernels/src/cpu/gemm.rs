@@ -16,12 +16,15 @@ use crate::error::Result;
 
 /// Outputs in one panel.
 pub(super) const PANEL: usize = 32;
-/// Words of K for which a register tile stays in registers: a slice of a panel of 32 KiB.
-const SLICE_WORDS: usize = 256;
+/// Words of K for which a register tile stays in registers: a slice of a panel of 16 KiB, so that it and the
+/// tile's rows fit the first-level cache.
+const SLICE_WORDS: usize = 128;
 
 /// Rows of a tile from which on the next slice is asked for while this one is multiplied. With fewer the
 /// loads themselves come fast enough for the hardware to run ahead, and asking only slows it.
 const AHEAD_ROWS: usize = 6;
+/// The last tiles of rows that share the asking: memory is then busy for as long as possible.
+const AHEAD_TILES: usize = 2;
 
 /// Rows cut into tiles of nearly equal size, none larger than the path's register tile.
 #[derive(Debug, Clone, Copy)]
@@ -100,7 +103,7 @@ impl PackedRows {
 #[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn tile<I: Isa, W: Word, const ROWS: usize>(product: &Product, b: *const u32, c: *mut f32) {
-    let Product { a, depth, c_stride, fresh, ahead, .. } = *product;
+    let Product { a, depth, c_stride, fresh, ahead, ahead_step, .. } = *product;
     // SAFETY: the caller's promise on shapes and instructions.
     unsafe {
         let mut sums = [[I::zero(); 2]; ROWS];
@@ -113,8 +116,8 @@ unsafe fn tile<I: Isa, W: Word, const ROWS: usize>(product: &Product, b: *const 
         for k in 0..depth {
             let b0 = I::load_words(b.add(k * PANEL));
             let b1 = I::load_words(b.add(k * PANEL + I::LANES));
-            I::prefetch(ahead.wrapping_add(k * PANEL));
-            I::prefetch(ahead.wrapping_add(k * PANEL + PANEL / 2));
+            I::prefetch(ahead.wrapping_add(k * ahead_step));
+            I::prefetch(ahead.wrapping_add(k * ahead_step + PANEL / 2));
             for (row, sums) in sums.iter_mut().enumerate() {
                 let a = I::splat_word(*a.add(k * ROWS + row));
                 *sums = [W::mac::<I>(sums[0], a, b0), W::mac::<I>(sums[1], a, b1)];
@@ -144,8 +147,9 @@ pub(super) struct Product {
     pub(super) c_stride: usize,
     /// Start from zero rather than from what c holds.
     pub(super) fresh: bool,
-    /// What to bring into the cache meanwhile, at the pace of b. Need not be valid.
+    /// What to bring into the cache meanwhile, and by how many words to go on per word of K. Need not be valid.
     pub(super) ahead: *const u32,
+    pub(super) ahead_step: usize,
 }
 
 /// c = a · b, or c += a · b, for one tile of rows and one panel.
@@ -181,7 +185,7 @@ pub(super) unsafe fn multiply<I: Isa, W: Word>(product: &Product) {
 }
 
 /// Packed rows times one panel: sums `[rows, 32]`. The panel goes through the cache in slices, each met
-/// by all tiles of rows; during the last of them the next slice is on its way ([`AHEAD_ROWS`]).
+/// by all tiles of rows; during the last of them the next slice is on its way ([`AHEAD_ROWS`], [`AHEAD_TILES`]).
 ///
 /// # Safety
 /// That of [`Isa`].
@@ -193,14 +197,19 @@ pub(super) unsafe fn multiply_panel<I: Isa, W: Word>(
     panel: &[u32],
     sums: &mut [f32],
 ) {
-    let depth = panel.len() / PANEL;
+    let (depth, askers) = (panel.len() / PANEL, tiling.tiles().min(AHEAD_TILES));
     assert!(rows.len() >= tiling.rows() * depth && sums.len() >= tiling.rows() * PANEL);
     for start in (0..depth).step_by(SLICE_WORDS) {
         let len = SLICE_WORDS.min(depth - start);
         let b = panel[start * PANEL..].as_ptr();
         for index in 0..tiling.tiles() {
             let tile = tiling.tile(index);
-            let is_last = index + 1 == tiling.tiles();
+            let (ahead, ahead_step) = match (index + askers).checked_sub(tiling.tiles()) {
+                Some(part) if tile.len() >= AHEAD_ROWS => {
+                    (b.wrapping_add((askers + part) * len * PANEL / askers), PANEL / askers)
+                }
+                _ => (b, PANEL),
+            };
             let product = Product {
                 a: rows[tile.start * depth + start * tile.len()..].as_ptr(),
                 rows: tile.len(),
@@ -209,11 +218,8 @@ pub(super) unsafe fn multiply_panel<I: Isa, W: Word>(
                 c: sums[tile.start * PANEL..].as_mut_ptr(),
                 c_stride: PANEL,
                 fresh: start == 0,
-                ahead: if is_last && tile.len() >= AHEAD_ROWS {
-                    b.wrapping_add(len * PANEL)
-                } else {
-                    b
-                },
+                ahead,
+                ahead_step,
             };
             // SAFETY: the assertion above covers a and c, the slice of the panel b.
             unsafe { multiply::<I, W>(&product) };

@@ -25,14 +25,14 @@ impl<K: PartialEq> AngleTable<K> {
     }
 
     /// The table for `frequencies`, filled from `rows` unless it is there already.
-    pub(super) fn of(
+    pub(super) fn of<R: Iterator<Item = Vec<(f32, f32)>>>(
         &mut self,
         frequencies: K,
-        rows: impl Iterator<Item = Vec<(f32, f32)>>,
+        rows: impl FnOnce() -> R,
     ) -> &[(f32, f32)] {
         if self.frequencies.as_ref() != Some(&frequencies) {
             self.angles.clear();
-            rows.for_each(|row| self.angles.extend(row));
+            rows().for_each(|row| self.angles.extend(row));
             self.frequencies = Some(frequencies);
         }
         &self.angles
