@@ -58,7 +58,7 @@ pub(super) fn pack_weights<W: Word>(
     std::thread::scope(|scope| {
         for _ in 1..readers {
             // Where a thread cannot be started, the others read its panels.
-            let _ = std::thread::Builder::new().name("load".into()).spawn_scoped(scope, &read);
+            let _ = std::thread::Builder::new().name("load".into()).spawn_scoped(scope, read);
         }
         read();
     });
