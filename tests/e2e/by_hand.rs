@@ -2,12 +2,13 @@
 //! give what `tessera up` gives.
 
 use rustix::process::Signal;
+use serde_json::json;
 use tempfile::TempDir;
 use tessera_tests::cluster::Endpoints;
 use tessera_tests::etcd::Etcd;
 use tessera_tests::golden::{CASES, Golden};
 use tessera_tests::process::Process;
-use tessera_tests::{chat, http, ports, readme, roles, tree, wait};
+use tessera_tests::{chat, fixtures, http, ports, readme, roles, tree, wait};
 
 /// The etcd of the README.
 const ETCD: &str = "etcd://127.0.0.1:2379";
@@ -25,6 +26,34 @@ fn commands(membership: &str) -> Vec<Vec<String>> {
     let words =
         |line: &str| line.split_whitespace().filter(|&word| word != "&").map(word).collect();
     programs.map(words).collect()
+}
+
+/// A chat about one picture: the second turn sends it again, and the encoder has nothing to do.
+fn assert_second_turn_encodes_nothing(endpoints: Endpoints, encoder: http::Client) {
+    let num_encoded = || {
+        let metrics = encoder.get("/metrics").body;
+        let text = String::from_utf8_lossy(&metrics).into_owned();
+        let count = |line: &str| {
+            line.strip_prefix("tessera_encoder_requests_total{outcome=\"encoded\"} ")?.parse().ok()
+        };
+        text.lines().find_map(count).unwrap_or(0u64)
+    };
+    let url = fixtures::data_url(&fixtures::bmp(150, 90, 11));
+    let first_turn = chat::image_body(&url, "What is it?", 8);
+    let before = num_encoded();
+    let first = endpoints.http().chat(&first_turn).ok();
+    assert_eq!(first["tessera"]["media"][0]["cache_hit"], false, "{first}");
+    assert_eq!(num_encoded(), before + 1);
+    let mut second_turn = first_turn;
+    let messages = second_turn["messages"].as_array_mut().expect("a list");
+    messages.push(first["choices"][0]["message"].clone());
+    messages.push(json!({"role": "user", "content": "And its colour?"}));
+    let second = endpoints.http().chat(&second_turn).ok();
+    assert_eq!(second["tessera"]["media"][0]["cache_hit"], true, "{second}");
+    assert_eq!(num_encoded(), before + 1);
+    // Nor is it prefilled again: its rows stand in the prefix that both turns share.
+    let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
+    assert!(cached >= first["tessera"]["media"][0]["num_tokens"].as_u64(), "{second}");
 }
 
 #[test]
@@ -70,6 +99,8 @@ fn the_readmes_cluster_by_hand_works_the_same() {
     let golden = Golden::load("tiny", "image_odd");
     let answer = endpoints.http().chat(&golden.http_body()).ok();
     assert_eq!(chat::ids(&answer["choices"][0], "token_ids"), golden.greedy_tokens);
+
+    assert_second_turn_encodes_nothing(endpoints, http::Client::new(admin[0]));
 
     for address in admin {
         let admin = http::Client::new(address);

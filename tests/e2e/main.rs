@@ -6,6 +6,7 @@ mod bench;
 mod by_hand;
 mod command_line;
 mod concurrent;
+mod constrained;
 mod disconnect;
 mod faces;
 mod media;
