@@ -43,6 +43,7 @@ def output(command: list[str]) -> str:
 
 
 def tessera(part: str, paths: argparse.Namespace) -> Samples:
+    """Milliseconds, and under `share …` what part of the machine's own limit, measured beside, that is."""
     flags = {
         "decode": ["--decode", paths.batches, "--context", str(CONTEXT), "--steps", str(paths.steps)],
         "prefill": ["--prefill", str(PREFILL)],
@@ -53,9 +54,11 @@ def tessera(part: str, paths: argparse.Namespace) -> Samples:
         command += ["--threads", str(paths.threads), "--repeats", str(paths.repeats), "--json", file.name]
         output(command + flags)
         report = json.loads(Path(file.name).read_text())
-    if part == "decode":
-        return {f"decode {row['batch']}": [row["ms"]["median"]] for row in report["decode"]}
-    return {part: [row["ms"]["median"] for row in report[part]]}
+    samples: Samples = {}
+    for row in report[part]:
+        name = f"decode {row['batch']}" if part == "decode" else part
+        samples |= {name: [row["ms"]["median"]], f"share {name}": [row["share"]["median"]]}
+    return samples
 
 
 def llama(part: str, paths: argparse.Namespace) -> Samples:
@@ -102,7 +105,7 @@ def pair(options: argparse.Namespace) -> None:
     for name, measure in engines:
         samples = measure(options.part, options)
         medians[name] = {row: statistics.median(values) for row, values in samples.items()}
-        print(name, {row: round(value, 1) for row, value in medians[name].items()}, flush=True)
+        print(name, {row: round(value, 2) for row, value in medians[name].items()}, flush=True)
     record = {"peer": options.peer, "part": options.part, "round": options.round}
     record |= {"tessera_ms": medians["tessera"], "peer_ms": medians[options.peer]}
     with open(options.results, "a", encoding="utf-8") as file:
