@@ -133,7 +133,7 @@ fn document(index: u32) -> String {
             r#"{{"label": "a red bicycle number {i}", "bbox_2d": [{x}, {}, {}, 480], "occluded": {}}}"#,
             x + 12,
             x + 140,
-            i % 2 == 0
+            i.is_multiple_of(2)
         )
     };
     let objects: Vec<String> = (0..3).map(object).collect();

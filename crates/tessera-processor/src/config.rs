@@ -55,11 +55,7 @@ impl ProcessorConfig {
         let config = CheckpointFile::read(directory, "config.json")?;
         let images = CheckpointFile::read(directory, "preprocessor_config.json")?;
         let generation = CheckpointFile::read_if_present(directory, "generation_config.json")?;
-        let max_context_len = config
-            .required_u32(&["max_position_embeddings", "text_config.max_position_embeddings"])?;
-        if max_context_len == 0 {
-            return Err(config.invalid("max_position_embeddings", "must be at least 1"));
-        }
+        let max_context_len = max_context_len(&config)?;
         let vocab_size = config.required_u32(&["vocab_size", "text_config.vocab_size"])?;
         Ok(Self {
             max_context_len,
@@ -179,6 +175,29 @@ fn tokens_per_second(config: &CheckpointFile) -> Result<f64, CheckpointError> {
     }
 }
 
+/// Longest context in tokens. With YaRN it is its factor times the original one, whatever
+/// `max_position_embeddings` says: published advice leaves that field as it was.
+fn max_context_len(config: &CheckpointFile) -> Result<u32, CheckpointError> {
+    let field = "max_position_embeddings";
+    let length = config.required_u32(&[field, "text_config.max_position_embeddings"])?;
+    if length == 0 {
+        return Err(config.invalid(field, "must be at least 1"));
+    }
+    let places = ["text_config.rope_parameters", "text_config.rope_scaling"];
+    let rope = config.get_any(&[places[0], places[1], "rope_parameters", "rope_scaling"]);
+    let Some((place, rope)) = rope else { return Ok(length) };
+    let is_yarn = |name: &str| rope.get(name).and_then(|value| value.as_str()) == Some("yarn");
+    if !is_yarn("type") && !is_yarn("rope_type") {
+        return Ok(length);
+    }
+    let number = |name: &str| rope.get(name).and_then(|value| value.as_f64());
+    let stretched = number("factor").zip(number("original_max_position_embeddings"));
+    match stretched.map(|(factor, original)| factor * original) {
+        Some(length) if length >= 1.0 && length <= f64::from(u32::MAX) => Ok(length as u32),
+        _ => Err(config.invalid(place, "needs a factor and original_max_position_embeddings")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -239,6 +258,23 @@ mod tests {
             let loaded = load(&config, &images).expect("a valid file");
             assert_eq!(loaded.pixel_bounds, PixelBounds { min_pixels, max_pixels }, "{images}");
         }
+    }
+
+    #[test]
+    fn yarn_stretches_the_original_context() {
+        let [mut config, images] = published();
+        config["max_position_embeddings"] = json!(32_768);
+        let yarn =
+            json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768});
+        for place in ["rope_scaling", "rope_parameters"] {
+            let mut stretched = config.clone();
+            stretched[place] = yarn.clone();
+            assert_eq!(load(&stretched, &images).expect("a valid file").max_context_len, 131_072);
+        }
+        config["rope_scaling"] = json!({"type": "mrope", "mrope_section": [16, 24, 24]});
+        assert_eq!(load(&config, &images).expect("a valid file").max_context_len, 32_768);
+        config["rope_scaling"] = json!({"type": "yarn"});
+        assert!(load(&config, &images).expect_err("no factor").to_string().contains("factor"));
     }
 
     #[test]

@@ -2,5 +2,6 @@
 
 mod golden;
 mod grammars;
+mod outputs;
 mod ranks;
 mod turns;

@@ -15,6 +15,8 @@ const LOWEST: f32 = -126.0;
 /// # Safety
 /// That of [`Isa`].
 #[allow(unsafe_code)]
+// A coefficient of the fit is close to ln 2 and is not it.
+#[allow(clippy::approx_constant)]
 #[inline(always)]
 unsafe fn exp2<I: Isa>(x: I::Floats) -> I::Floats {
     // Adding 1.5·2^23 leaves the nearest integer in the low bits.

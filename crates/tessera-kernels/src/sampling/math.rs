@@ -50,7 +50,7 @@ pub fn gelu(x: f32) -> f32 {
         -3.646_165_6e-2,
         -3.182_739_3e-1,
         -7.978_884_6e-1,
-        -6.931_471e-1,
+        -std::f32::consts::LN_2,
     ] {
         p = p * clamped + coefficient;
     }

@@ -34,7 +34,7 @@ fn linear_with_stacked_parts<B: TestBackend>() {
         let mut query = part("q", [2 * q, k], q..2 * q, 0..k, true);
         query.padded_rows = q + 16;
         let spec = stacked(vec![query, part("v", [kv, k], 0..kv, 0..k, false)]);
-        let linear = b.load_linear(&spec, &mut weights).unwrap();
+        let linear = b.load_linear(&spec, &weights).unwrap();
         let n = q + 16 + kv;
         assert_eq!(spec.out_features(), n);
         let x = noise.values(m * k);
@@ -58,7 +58,7 @@ fn linear_epilogues<B: TestBackend>() {
     let bias = weights.add("l.bias", &[n], &mut noise);
     let mut b = planned::<B>(LIMITS);
     let spec = stacked(vec![part("l", [n, k], 0..n, 0..k, true)]);
-    let linear = b.load_linear(&spec, &mut weights).unwrap();
+    let linear = b.load_linear(&spec, &weights).unwrap();
     let x = noise.values(m * k);
     set(&mut b, act(0, m, k), &x);
     let plain = twin_linear(&wide(&x), &w, Some(&bias), k);
@@ -87,7 +87,7 @@ fn swiglu<B: TestBackend>() {
         part
     });
     let spec = LinearSpec { layout: PartLayout::GateUp, ..stacked(parts.to_vec()) };
-    let linear = b.load_linear(&spec, &mut weights).unwrap();
+    let linear = b.load_linear(&spec, &weights).unwrap();
     let x: Vec<f32> = noise.values(m * k).iter().map(|x| x * 4.0).collect();
     set(&mut b, act(0, m, k), &x);
     b.linear_swiglu(act(0, m, k), &linear, act(1, m, 32)).unwrap();
@@ -105,7 +105,7 @@ fn rms_norm<B: TestBackend>() {
     let (m, hidden) = (7, 96);
     let weight = weights.add("norm.weight", &[hidden], &mut noise);
     let mut b = planned::<B>(LIMITS);
-    let norm = b.load_norm(&norm_spec("norm.weight", hidden), &mut weights).unwrap();
+    let norm = b.load_norm(&norm_spec("norm.weight", hidden), &weights).unwrap();
     let mut x = noise.values(m * hidden);
     // Rows of very different size, where epsilon counts and where it doesn't.
     x[..hidden].iter_mut().for_each(|x| *x *= 1e-3);
@@ -127,15 +127,15 @@ fn row_parallel_with_padding<B: TestBackend>() {
         let (x, start) = (noise.values(m * k), noise.values(m * hidden));
         let padded = 16 * (50usize).div_ceil(16 * world_size);
         let results = on_ranks(world_size as u32, |communicator| {
-            let (mut b, mut weights) = (planned::<B>(LIMITS), weights.clone());
+            let (mut b, weights) = (planned::<B>(LIMITS), weights.clone());
             let rank = communicator.rank().index();
             b.set_communicator(Some(communicator)).unwrap();
             let cols = (rank * padded).min(k)..((rank + 1) * padded).min(k);
             let part = part("o", [hidden, k], 0..hidden, cols.clone(), rank == 0);
             let (layout, format) = (PartLayout::Stacked, WeightFormat::Dense);
             let spec = LinearSpec { parts: vec![part], padded_cols: padded, layout, format };
-            let linear = b.load_linear(&spec, &mut weights).unwrap();
-            let norm = b.load_norm(&norm_spec("norm.weight", hidden), &mut weights).unwrap();
+            let linear = b.load_linear(&spec, &weights).unwrap();
+            let norm = b.load_norm(&norm_spec("norm.weight", hidden), &weights).unwrap();
             let local: Vec<f32> = x
                 .chunks_exact(k)
                 .flat_map(|row| {
@@ -166,8 +166,8 @@ fn all_reduce_norm_sums_ranks<B: TestBackend>() {
         let weight = weights.add("norm.weight", &[hidden], &mut noise);
         let shares: Vec<Vec<f32>> = (0..world_size).map(|_| noise.values(m * hidden)).collect();
         let results = on_ranks(world_size, |communicator| {
-            let (mut b, mut weights) = (planned::<B>(LIMITS), weights.clone());
-            let norm = b.load_norm(&norm_spec("norm.weight", hidden), &mut weights).unwrap();
+            let (mut b, weights) = (planned::<B>(LIMITS), weights.clone());
+            let norm = b.load_norm(&norm_spec("norm.weight", hidden), &weights).unwrap();
             set(&mut b, act(0, m, hidden), &shares[communicator.rank().index()]);
             b.set_communicator(Some(communicator)).unwrap();
             b.all_reduce_norm(act(0, m, hidden), &norm, act(1, m, hidden)).unwrap();

@@ -31,12 +31,12 @@ fn embedding_and_visual_rows_sum_to_the_whole<B: TestBackend>() {
         let visual = noise.values(2 * HIDDEN);
         let shard = vocab.div_ceil(16 * world_size as usize) * 16;
         let results = on_ranks(world_size, |communicator| {
-            let (mut b, mut weights) = (planned::<B>(LIMITS), weights.clone());
+            let (mut b, weights) = (planned::<B>(LIMITS), weights.clone());
             let rank = communicator.rank().index();
             let rows = (rank * shard).min(vocab)..((rank + 1) * shard).min(vocab);
             let mut part = part("embed", [vocab, HIDDEN], rows, 0..HIDDEN, false);
             part.padded_rows = shard;
-            let linear = b.load_linear(&stacked(vec![part]), &mut weights).unwrap();
+            let linear = b.load_linear(&stacked(vec![part]), &weights).unwrap();
             b.set_communicator(Some(communicator)).unwrap();
             b.upload(&inputs(&tokens, &visual_row)).unwrap();
             if rank == 0 {

@@ -81,7 +81,7 @@ fn unknown_slots_wide_views_and_overlaps_are_refused<B: TestBackend>() {
     let norm = {
         let mut weights = MemoryWeights::default();
         weights.add("norm.weight", &[8], &mut Noise::new(50));
-        b.load_norm(&norm_spec("norm.weight", 8), &mut weights).unwrap()
+        b.load_norm(&norm_spec("norm.weight", 8), &weights).unwrap()
     };
     let error = b.download(act(9, 1, 8)).unwrap_err();
     assert!(matches!(error, KernelError::UnknownSlot(slot) if slot.0 == 9));
@@ -96,7 +96,7 @@ fn tokens_and_blocks_outside_of_their_tables_are_refused<B: TestBackend>() {
     let (mut noise, mut weights) = (Noise::new(51), MemoryWeights::default());
     weights.add("embed.weight", &[16, 8], &mut noise);
     let spec = stacked(vec![part("embed", [16, 8], 0..16, 0..8, false)]);
-    let embed = b.load_linear(&spec, &mut weights).unwrap();
+    let embed = b.load_linear(&spec, &weights).unwrap();
     let mut inputs = step(1);
     inputs.token_source[0] = TokenSource::LastSampled(SequenceSlot(3));
     b.upload(&inputs).unwrap();
@@ -121,7 +121,7 @@ fn an_aborted_epoch_fails_the_operation_that_reduces<B: TestBackend>() {
         let mut b = planned::<B>(LIMITS);
         let mut weights = MemoryWeights::default();
         weights.add("norm.weight", &[8], &mut Noise::new(52));
-        let norm = b.load_norm(&norm_spec("norm.weight", 8), &mut weights).unwrap();
+        let norm = b.load_norm(&norm_spec("norm.weight", 8), &weights).unwrap();
         set(&mut b, act(0, 1, 8), &[1.0; 8]);
         let (is_first, handle) = (communicator.rank().0 == 0, communicator.abort_handle());
         b.set_communicator(Some(communicator)).unwrap();

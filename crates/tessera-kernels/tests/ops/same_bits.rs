@@ -50,7 +50,7 @@ fn product(
     weights: &MemoryWeights,
 ) -> Vec<f32> {
     let (k, n) = (linear.in_features(), linear.out_features());
-    let loaded = b.load_linear(linear, &mut weights.clone()).unwrap();
+    let loaded = b.load_linear(linear, &weights.clone()).unwrap();
     let m = x.len() / k;
     set(b, act(0, m, k), x);
     match linear.layout {
@@ -128,8 +128,8 @@ fn rows_of_a_fused_norm_do_not_depend_on_threads() {
             weights.add("norm.weight", &[hidden], &mut noise);
             let mut b = make(threads);
             let spec = stacked(vec![part("o", [hidden, k], 0..hidden, 0..k, false)]);
-            let linear = b.load_linear(&spec, &mut weights).unwrap();
-            let norm = b.load_norm(&norm_spec("norm.weight", hidden), &mut weights).unwrap();
+            let linear = b.load_linear(&spec, &weights).unwrap();
+            let norm = b.load_norm(&norm_spec("norm.weight", hidden), &weights).unwrap();
             let (x, residual, y) = (act(0, m, k), act(1, m, hidden), act(2, m, hidden));
             set(&mut b, x, &noise.values(m * k));
             set(&mut b, residual, &noise.values(m * hidden));

@@ -142,12 +142,12 @@ fn a_sampled_token_is_the_next_input_on_all_ranks<B: TestBackend>() {
     let mut logits = vec![0.0; VOCAB];
     logits[77] = 5.0;
     let sums = on_ranks(2, |communicator| {
-        let (mut b, mut weights) = (planned::<B>(limits()), weights.clone());
+        let (mut b, weights) = (planned::<B>(limits()), weights.clone());
         let rank = communicator.rank().index();
         b.set_communicator(Some(communicator)).unwrap();
         let rows = rank * 45..(rank + 1) * 45;
         let spec = stacked(vec![part("embed", [VOCAB, 32], rows, 0..32, false)]);
-        let embed = b.load_linear(&spec, &mut weights).unwrap();
+        let embed = b.load_linear(&spec, &weights).unwrap();
         admit(&mut b, 2, &SamplingParams::default());
         set(&mut b, act(0, 1, 45), &shard(&logits, rank, 2));
         b.sample(act(0, 1, 45), &[row(2)], &LateInputs::default()).unwrap();
