@@ -196,6 +196,9 @@ pub struct UpstreamConfig {
     pub keepalive_timeout_ms: u64,
     /// Time for one media item to be encoded, queueing included, in ms.
     pub encode_timeout_ms: u64,
+    /// Time that a media item waits for another encoder after one failed it, or for the first to appear, in
+    /// ms; 0: none. A restarted encoder is found within it.
+    pub encoder_wait_ms: u64,
     /// Whether the router is ready only with an encoder; false for text-only clusters.
     pub require_encoder: bool,
 }
@@ -207,6 +210,7 @@ impl Default for UpstreamConfig {
             keepalive_interval_ms: 2_000,
             keepalive_timeout_ms: 2_000,
             encode_timeout_ms: 600_000,
+            encoder_wait_ms: 5_000,
             require_encoder: true,
         }
     }

@@ -193,6 +193,7 @@ impl Service {
                 deadline: arrival + job.timeout,
                 client_stall: Duration::from_millis(inner.config.limits.client_stall_ms),
                 encode_timeout: Duration::from_millis(inner.config.upstream.encode_timeout_ms),
+                encoder_wait: Duration::from_millis(inner.config.upstream.encoder_wait_ms),
                 retry_after: inner.admission.retry_after(),
                 _place: place,
                 _held: held,

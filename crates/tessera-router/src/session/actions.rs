@@ -17,6 +17,9 @@ use crate::error::RequestError;
 use crate::events::{ChoiceFinish, Delta, Event, OutputToken, PromptLogprobs, push_call};
 use crate::upstream::{GroupQuery, NoEncoder};
 
+/// How often an item that waits for an encoder looks for one.
+const ENCODER_POLL: Duration = Duration::from_millis(50);
+
 impl Session {
     /// Does one thing; what it leads to at once is returned.
     pub(super) fn perform(&mut self, action: Action) -> Option<Input> {
@@ -38,7 +41,7 @@ impl Session {
                 }
                 None
             }
-            Action::Encode { item, avoid } => self.encode(item, &avoid),
+            Action::Encode { item, avoid } => self.encode(item, avoid),
             Action::SendMediaAt { choice, attempt, item, endpoint, key } => {
                 self.send_media_at(choice, attempt, item, endpoint, key)
             }
@@ -119,14 +122,32 @@ impl Session {
         None
     }
 
-    fn encode(&mut self, item: u32, avoid: &[String]) -> Option<Input> {
+    /// Has an item encoded. Where only encoders that failed it are known, or none, it waits a little for
+    /// another: encoders are restarted, and then have a new address.
+    pub(super) fn encode(&mut self, item: u32, avoid: Vec<String>) -> Option<Input> {
         let media = &self.job.prepared.media[item as usize];
         let key = self.job.prepared.prompt.media[item as usize].embedding_key;
         let (media_id, identity) = (media.description.media_id, &self.job.identity);
-        let chosen = self.upstream.choose_encoder(media_id, media.num_pixels, identity, avoid);
+        let chosen = self.upstream.choose_encoder(media_id, media.num_pixels, identity, &avoid);
+        let is_last_resort = match &chosen {
+            Ok(choice) => avoid.contains(&choice.address),
+            // After a failure the next one may be known and not yet serve.
+            Err(missing) => missing.is_unknown || (missing.retryable && !avoid.is_empty()),
+        };
+        let first_deadline = Instant::now() + self.job.encoder_wait;
+        if is_last_resort
+            && Instant::now() < *self.encoder_deadlines.entry(item).or_insert(first_deadline)
+        {
+            let wait = async move {
+                tokio::time::sleep(ENCODER_POLL).await;
+                (item, avoid)
+            };
+            self.encoder_waits.push(Box::pin(wait));
+            return None;
+        }
         let choice = match chosen {
             Ok(choice) => choice,
-            Err(NoEncoder { retryable, detail }) => {
+            Err(NoEncoder { retryable, detail, .. }) => {
                 let detail = detail.to_owned();
                 return Some(Input::EncodeFailed { item, endpoint: None, retryable, detail });
             }

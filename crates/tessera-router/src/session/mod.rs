@@ -11,7 +11,7 @@ mod encode;
 mod outcome;
 mod text;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -67,6 +67,7 @@ pub(crate) struct Job {
     pub(crate) deadline: Instant,
     pub(crate) client_stall: Duration,
     pub(crate) encode_timeout: Duration,
+    pub(crate) encoder_wait: Duration,
     pub(crate) retry_after: Duration,
     pub(crate) _place: Place,
     pub(crate) _held: HeldBytes,
@@ -84,6 +85,10 @@ pub(crate) struct Session {
     attempts: Vec<Option<AttemptStream>>,
     texts: Vec<ChoiceText>,
     encodes: FuturesUnordered<BoxFuture<'static, Encoded>>,
+    /// Items that wait for an encoder: which, and the encoders that failed it.
+    encoder_waits: FuturesUnordered<BoxFuture<'static, (u32, Vec<String>)>>,
+    /// Until when each item waits for an encoder, from its first wait on.
+    encoder_deadlines: HashMap<u32, Instant>,
     /// Where the first choice went, so that the others share its prefix.
     home: Option<Target>,
     record: Record,
@@ -97,6 +102,7 @@ pub(crate) struct Session {
 enum Happened {
     FromDecoder { choice: u32, attempt: Attempt, message: Result<pb::GenerateResponse, Broken> },
     Encoded(Encoded),
+    LookForEncoder { item: u32, avoid: Vec<String> },
     Tick,
     ClientLeft,
     Shutdown,
@@ -132,6 +138,8 @@ impl Session {
             attempts: (0..job.num_choices).map(|_| None).collect(),
             texts: (0..job.num_choices).map(text).collect(),
             encodes: FuturesUnordered::new(),
+            encoder_waits: FuturesUnordered::new(),
+            encoder_deadlines: HashMap::new(),
             home: None,
             record: Record::new(&job),
             ready: Vec::new(),
@@ -158,12 +166,13 @@ impl Session {
                 wake = self.machine.deadline();
                 timer.as_mut().reset(instant_of(wake));
             }
-            let Self { attempts, encodes, .. } = &mut self;
+            let Self { attempts, encodes, encoder_waits, .. } = &mut self;
             let happened = tokio::select! {
                 biased;
                 () = &mut closed => Happened::ClientLeft,
                 happened = next_message(attempts) => happened,
                 Some(encoded) = encodes.next() => Happened::Encoded(encoded),
+                Some((item, avoid)) = encoder_waits.next() => Happened::LookForEncoder { item, avoid },
                 () = &mut aborted => Happened::Shutdown,
                 () = &mut timer => {
                     // The two clocks may differ by a little: look again if it is not yet time.
@@ -186,6 +195,11 @@ impl Session {
                 self.on_message(choice, attempt, message);
             }
             Happened::Encoded(encoded) => self.on_encoded(encoded),
+            Happened::LookForEncoder { item, avoid } => {
+                if let Some(input) = self.encode(item, avoid) {
+                    self.feed(input);
+                }
+            }
             Happened::Tick => self.feed(Input::Tick),
             Happened::ClientLeft => {
                 self.record.cancelled = true;

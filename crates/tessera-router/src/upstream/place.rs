@@ -50,6 +50,8 @@ pub(crate) struct GroupQuery<'a> {
 pub(crate) struct NoEncoder {
     /// Whether there may be one later.
     pub(crate) retryable: bool,
+    /// Whether none is known at all.
+    pub(crate) is_unknown: bool,
     pub(crate) detail: &'static str,
 }
 
@@ -201,7 +203,7 @@ impl Upstream {
                 _ if too_large => (false, "it has more pixels than any encoder takes"),
                 _ => (true, "no encoder has room for it now"),
             };
-            return Err(NoEncoder { retryable, detail });
+            return Err(NoEncoder { retryable, is_unknown: known == 0, detail });
         };
         let member = encoders[chosen].member;
         let (instance, address) = (member.instance, member.address.clone());

@@ -396,6 +396,8 @@ impl Cluster {
             ..RouterConfig::default()
         };
         (config.http.listen, config.grpc.listen) = (loopback, loopback);
+        // Encoders of tests do not come back.
+        config.upstream.encoder_wait_ms = 100;
         edit(&mut config);
         let listeners = Listeners::bind(&config).await.expect("free ports");
         let address = |listener: &TcpListener| listener.local_addr().expect("is bound");
