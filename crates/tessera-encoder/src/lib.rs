@@ -36,8 +36,8 @@ use tessera_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES};
 use tessera_telemetry::{AdminServer, ReadyState, Registry};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 
 pub use crate::config::EncoderConfig;
 pub use crate::error::EncoderError;
@@ -160,15 +160,16 @@ async fn serve(
     let encoder = EncoderServer::new(service)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    // The builder's setting of the same name counts only for listeners that it makes itself.
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     Server::builder()
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(health_service)
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha)
         .add_service(encoder)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop)
+        .serve_with_incoming_shutdown(incoming, stop)
         .await
         .map_err(EncoderError::Serve)
 }
