@@ -227,6 +227,8 @@ impl Lifecycle {
                     let left = tokio::task::spawn_blocking(leave).await;
                     let result = match left {
                         Ok(result) => result.map_err(|error| chain(&error)),
+                        // The runtime ends, and the ranks with their last holder.
+                        Err(error) if error.is_cancelled() => Ok(()),
                         Err(_) => Err("a rank panicked".to_owned()),
                     };
                     Done::RanksLeft { epoch, result }
