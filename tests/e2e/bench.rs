@@ -5,12 +5,12 @@ use std::path::Path;
 use serde_json::Value;
 use tessera_tests::{ports, roles, shared};
 
-/// Runs `tessera bench` with `--json`, and reads what it wrote. It must succeed.
-fn bench(arguments: &[&str]) -> Value {
+/// Runs `tessera bench` with `--json` and reads what it wrote. It must succeed. No argument holds a space.
+fn bench(arguments: &str) -> Value {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("report.json");
     let json = file.to_str().expect("UTF-8");
-    let all = [&["bench"], arguments, &["--json", json]].concat();
+    let all = ["bench"].into_iter().chain(arguments.split_whitespace()).chain(["--json", json]);
     let output = roles::command(all).output().expect("the program runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(!output.stdout.is_empty(), "a table is printed");
@@ -41,25 +41,10 @@ fn assert_percentiles(report: &Value, pointer: &str, count: u64) {
 fn a_closed_loop_over_http_counts_every_request_and_token() {
     let cluster = shared::tp2();
     let url = format!("http://{}", cluster.endpoints.http);
-    let report = bench(&[
-        "serve",
-        "--url",
-        &url,
-        "--concurrency",
-        "3",
-        "--requests",
-        "7",
-        "--turns",
-        "2",
-        "--warmup",
-        "1",
-        "--prompt-length",
-        "12",
-        "--output-length",
-        "uniform:4,9",
-        "--slo",
-        "e2e=600s",
-    ]);
+    let report = bench(&format!(
+        "serve --url {url} --concurrency 3 --requests 7 --turns 2 --warmup 1 --prompt-length \
+         12 --output-length uniform:4,9 --slo e2e=600s"
+    ));
     // Two turns of each of seven chats.
     assert_eq!(number(&report, "/requests/sent"), 14.0);
     assert_eq!(number(&report, "/requests/failed"), 0.0, "{:#}", report["requests"]);
@@ -82,35 +67,11 @@ fn a_closed_loop_over_http_counts_every_request_and_token() {
 fn an_open_loop_over_grpc_sends_text_images_and_videos() {
     let cluster = shared::tp2();
     let url = format!("grpc://{}", cluster.endpoints.grpc);
-    let report = bench(&[
-        "serve",
-        "--url",
-        &url,
-        "--rate",
-        "20",
-        "--requests",
-        "12",
-        "--text",
-        "0.4",
-        "--image",
-        "0.3",
-        "--video",
-        "0.3",
-        "--image-size",
-        "84x56,56x56",
-        "--frame-size",
-        "56x56",
-        "--frames",
-        "2",
-        "--prompt-length",
-        "6",
-        "--output-length",
-        "5",
-        "--warmup",
-        "1",
-        "--seed",
-        "3",
-    ]);
+    let report = bench(&format!(
+        "serve --url {url} --rate 20 --requests 12 --text 0.4 --image 0.3 --video 0.3 \
+         --image-size 84x56,56x56 --frame-size 56x56 --frames 2 --prompt-length 6 \
+         --output-length 5 --warmup 1 --seed 3"
+    ));
     assert_eq!(number(&report, "/requests/sent"), 12.0);
     assert_eq!(number(&report, "/requests/failed"), 0.0, "{:#}", report["requests"]);
     assert_eq!(number(&report, "/tokens/output"), 60.0);
@@ -127,27 +88,10 @@ fn an_open_loop_over_grpc_sends_text_images_and_videos() {
 fn the_second_turn_finds_the_first_in_the_prefix_cache() {
     let cluster = shared::tp2();
     let url = format!("grpc://{}", cluster.endpoints.grpc);
-    let report = bench(&[
-        "serve",
-        "--url",
-        &url,
-        "--requests",
-        "3",
-        "--turns",
-        "2",
-        "--image",
-        "1",
-        "--image-size",
-        "112x112",
-        "--prompt-length",
-        "40",
-        "--output-length",
-        "4",
-        "--warmup",
-        "0",
-        "--seed",
-        "11",
-    ]);
+    let report = bench(&format!(
+        "serve --url {url} --requests 3 --turns 2 --image 1 --image-size 112x112 \
+         --prompt-length 40 --output-length 4 --warmup 0 --seed 11"
+    ));
     assert_eq!(number(&report, "/requests/failed"), 0.0, "{:#}", report["requests"]);
     // Whole blocks of first turns with sixteen visual tokens and forty words each.
     let cached = number(&report, "/tokens/cached");
@@ -167,39 +111,11 @@ fn a_server_that_is_not_there_is_named() {
 
 #[test]
 fn the_engine_is_measured_beside_its_limits() {
-    let report = bench(&[
-        "engine",
-        "--shape",
-        "tiny",
-        "--tp",
-        "2",
-        "--prefill",
-        "40",
-        "--decode",
-        "1,3",
-        "--context",
-        "32",
-        "--steps",
-        "3",
-        "--mixed",
-        "2",
-        "--mixed-prompt",
-        "200",
-        "--continuous",
-        "1,3",
-        "--continuous-window",
-        "0.05",
-        "--continuous-prompt",
-        "5",
-        "--continuous-output",
-        "6",
-        "--vision",
-        "56x84",
-        "--token-budget",
-        "24",
-        "--repeats",
-        "2",
-    ]);
+    let report = bench(
+        "engine --shape tiny --tp 2 --prefill 40 --decode 1,3 --context 32 --steps 3 --mixed \
+         2 --mixed-prompt 200 --continuous 1,3 --continuous-window 0.05 --continuous-prompt 5 \
+         --continuous-output 6 --vision 56x84 --token-budget 24 --repeats 2",
+    );
     assert_eq!(number(&report, "/prefill/0/steps"), 2.0);
     for row in ["/prefill/0", "/decode/0", "/decode/1", "/vision/0"] {
         for name in ["ms", "limit_ms", "share"] {
@@ -218,19 +134,7 @@ fn the_engine_is_measured_beside_its_limits() {
 
 #[test]
 fn every_group_of_kernels_is_measured() {
-    let report = bench(&[
-        "kernels",
-        "--shape",
-        "tiny",
-        "--rows",
-        "1,3",
-        "--contexts",
-        "40",
-        "--image",
-        "56x56",
-        "--repeats",
-        "1",
-    ]);
+    let report = bench("kernels --shape tiny --rows 1,3 --contexts 40 --image 56x56 --repeats 1");
     let rows = report["kernels"].as_array().expect("rows");
     // Five linears, rotations and norms at two numbers of rows each; decode and prefill; windows and whole
     // frames; two ways to draw at three batch sizes.

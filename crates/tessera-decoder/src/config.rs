@@ -51,6 +51,10 @@ pub struct DecoderConfig {
     pub max_sequences: u32,
     /// Sequences that may wait; one more is refused.
     pub max_waiting: u32,
+    /// Of these, sequences of one tenant (of all requests that name none); one more is refused, whether or not others wait:
+    /// who comes second must find room. 0: three quarters of `max_waiting`. Where nobody names tenants, set
+    /// it to `max_waiting`.
+    pub max_waiting_per_tenant: u32,
     /// Most tokens computed in one step; buffers are sized for it.
     pub max_tokens_per_step: u32,
     /// Longest that a step of prefill may take, which is how long running sequences wait beside it: before
@@ -112,6 +116,7 @@ impl Default for DecoderConfig {
             max_model_len: 0,
             max_sequences: 32,
             max_waiting: 256,
+            max_waiting_per_tenant: 0,
             max_tokens_per_step: 512,
             step_time_target_ms: 1500,
             pipeline_depth: 2,

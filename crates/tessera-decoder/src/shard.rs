@@ -145,6 +145,7 @@ fn engine_config(
             block_size: config.block_size,
             max_running: config.max_sequences,
             max_waiting: config.max_waiting,
+            max_waiting_per_tenant: config.max_waiting_per_tenant,
             max_tokens_per_step: config.max_tokens_per_step,
             max_model_len,
             pipeline_depth: config.pipeline_depth,

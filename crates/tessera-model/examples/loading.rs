@@ -3,6 +3,8 @@
 //! is measured. Plain reading keeps nothing: a load also writes its panels to memory that is touched for the
 //! first time.
 
+mod shape;
+
 use std::borrow::Cow;
 use std::error::Error;
 use std::fs::File;
@@ -22,6 +24,8 @@ use tessera_model::{
 };
 use tessera_types::Rank;
 
+use shape::{CONFIG, median};
+
 /// Times that a load and plain reading are measured side by side.
 const PAIRS: usize = 5;
 /// Layers of the checkpoint.
@@ -35,24 +39,7 @@ const LIMITS: StepLimits = StepLimits {
     num_real_tokens: 151_665,
 };
 
-/// The 3B checkpoint's configuration.
-const CONFIG: &str = r#"{
-    "model_type": "qwen2_5_vl", "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
-    "num_key_value_heads": 2, "intermediate_size": 11008, "vocab_size": 151936, "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6, "max_position_embeddings": 128000, "tie_word_embeddings": true,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_config": {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420,
-        "out_hidden_size": 2048, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
-}"#;
-
 type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
 
 /// Loads the decoder at a degree, each rank on a thread of its own with its share of the cores. Seconds and
 /// bytes.
@@ -82,7 +69,7 @@ fn random(config: &ModelConfig) -> Result<()> {
     for tp in [1, 2] {
         let runs = (0..3).map(|_| load(&source, config, tp)).collect::<Result<Vec<_>>>()?;
         let bytes = runs[0].1;
-        let seconds = median(runs.into_iter().map(|(seconds, _)| seconds).collect());
+        let seconds = median(runs.into_iter().map(|(seconds, _)| seconds));
         println!(
             "random weights, 3B decoder, TP {tp}: {seconds:.2} s for {:.2} GB",
             bytes as f64 / 1e9

@@ -4,6 +4,8 @@
 //! right after the peak is measured. Attention of one token over a long context is held against the time it takes
 //! to read its keys and values. Argument: `prefill`, `vision` or `context` (all without one).
 
+mod shape;
+
 use std::error::Error;
 use std::time::{Duration, Instant};
 
@@ -16,6 +18,8 @@ use tessera_model::{
     Decoder, ModelConfig, TpSplit, VisionItem, VisionTower, WeightSource, Weights,
 };
 use tessera_types::{GridThw, Rank};
+
+use shape::{CONFIG, median};
 
 type TimedCpu = Timed<CpuBackend>;
 
@@ -34,22 +38,13 @@ const SIDE: usize = 72;
 const WINDOW_LAYERS: usize = 28;
 const FULL_LAYERS: usize = 4;
 
-/// The 3B checkpoint's configuration with `LAYERS` layers, of the tower's the last with full attention.
-const CONFIG: &str = r#"{
-    "model_type": "qwen2_5_vl", "hidden_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16,
-    "num_key_value_heads": 2, "intermediate_size": 11008, "vocab_size": 151936, "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6, "max_position_embeddings": 128000, "tie_word_embeddings": true,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_config": {"depth": 4, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420,
-        "out_hidden_size": 2048, "window_size": 112, "fullatt_block_indexes": [3]}
-}"#;
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+/// The 3B shape with `LAYERS` layers, of the tower's the last with full attention.
+fn config() -> Result<ModelConfig, Box<dyn Error>> {
+    let mut config = ModelConfig::from_json("config.json".as_ref(), CONFIG)?;
+    config.text.num_layers = LAYERS as usize;
+    config.vision.depth = LAYERS as usize;
+    config.vision.full_attention_blocks = vec![LAYERS as usize - 1];
+    Ok(config)
 }
 
 /// One run and the peak before it, in seconds and operations per second.
@@ -119,7 +114,7 @@ fn report(what: &str, runs: &[Run], flops: f64, seconds: impl Fn(&Run) -> f64) {
 }
 
 fn prefill(limits: &CpuLimits, threads: usize) -> Result<(), Box<dyn Error>> {
-    let config = ModelConfig::from_json("config.json".as_ref(), CONFIG)?;
+    let config = config()?;
     let step = StepLimits {
         max_tokens: PROMPT_TOKENS as u32,
         max_sequences: 1,
@@ -167,7 +162,7 @@ fn prefill(limits: &CpuLimits, threads: usize) -> Result<(), Box<dyn Error>> {
 }
 
 fn vision(limits: &CpuLimits, threads: usize) -> Result<(), Box<dyn Error>> {
-    let config = ModelConfig::from_json("config.json".as_ref(), CONFIG)?;
+    let config = config()?;
     let patches = SIDE * SIDE;
     let mut b = Timed::new(CpuBackend::new(threads, CpuFormat::Bf16)?);
     let mut weights = Weights::open(&WeightSource::Random { seed: 1 }, &config)?;

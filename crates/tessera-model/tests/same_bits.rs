@@ -8,7 +8,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::fixture::Fixture;
-use support::steps::{BLOCK_SIZE, Bits, Sequence, Step, run};
+use support::rank::BLOCK_SIZE;
+use support::steps::{Bits, Sequence, Step, run};
 use tessera_kernels::{Backend, CpuBackend, CpuFormat, ReferenceBackend};
 use tessera_model::{VisionItem, VisionTower, Weights};
 use tessera_types::PositionSpan;

@@ -4,7 +4,7 @@ use crate::error::ConfigError;
 use crate::table::TableLimits;
 
 /// Every bound the scheduler keeps. The KV size is agreed per epoch, so it is not here but an argument
-/// of [`crate::Scheduler::reset_epoch`].
+/// of [`crate::Scheduler::begin_epoch`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SchedulerConfig {
     /// Tokens per KV block.

@@ -6,6 +6,8 @@
 //! has an equal share of the threads, and every step is paired with one of a single rank with all of them.
 
 mod rank;
+#[path = "../shape/mod.rs"]
+mod shape;
 
 use std::path::Path;
 use std::time::Duration;
@@ -16,25 +18,12 @@ use tessera_model::{ModelConfig, TextConfig};
 use tessera_types::SamplingParams;
 
 use rank::{Failure, Group, Setup};
+use shape::{CONFIG, median};
 
 /// Steps of each batch size that count.
 const PAIRS: usize = 9;
 const CONTEXT: u32 = 256;
 const LIMIT_BYTES: usize = 256 << 20;
-
-/// Published configuration of Qwen2.5-VL-3B, as far as shapes go.
-const CONFIG: &str = r#"{
-    "model_type": "qwen2_5_vl", "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
-    "num_key_value_heads": 2, "intermediate_size": 11008, "vocab_size": 151936, "rms_norm_eps": 1e-06,
-    "hidden_act": "silu", "rope_theta": 1000000.0, "max_position_embeddings": 128000,
-    "tie_word_embeddings": true, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
-        "num_heads": 16, "in_chans": 3, "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2,
-        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
-        "temporal_patch_size": 2}
-}"#;
 
 /// Weights that every token is multiplied by.
 fn num_weights(text: &TextConfig) -> f64 {
@@ -51,15 +40,10 @@ fn limit(machine: &CpuLimits, weights: f64, batch: u32) -> [f64; 2] {
     [reading, 2.0 * weights * f64::from(batch) / peak]
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn print_operations(steps: &[Vec<OpTime>], step_seconds: f64) {
     let mut rest = step_seconds;
     for (i, op) in steps[0].iter().enumerate() {
-        let seconds = median(steps.iter().map(|step| step[i].time.as_secs_f64()).collect());
+        let seconds = median(steps.iter().map(|step| step[i].time.as_secs_f64()));
         rest -= seconds;
         if seconds > step_seconds * 1e-4 {
             let (share, [input, output]) = (seconds / step_seconds * 100.0, op.cols);

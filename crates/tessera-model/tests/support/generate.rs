@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 
 use tessera_collective::{AbortHandle, CollectiveConfig, Communicator, tcp, threads};
 use tessera_kernels::{
-    Backend, GraphKey, HostRows, ReferenceBackend, SampleRow, SamplerSequence, StepInputs,
-    StepKind, StepLimits, TokenSource,
+    Backend, GraphKey, ReferenceBackend, SampleRow, SamplerSequence, StepInputs, StepKind,
+    StepLimits, TokenSource,
 };
-use tessera_model::{Decoder, ModelConfig, TpSplit, WeightSource, Weights};
+use tessera_model::{ModelConfig, WeightSource};
 use tessera_types::{Epoch, LateInputs, Prompt, Rank, SamplingParams, SequenceId, SequenceSlot};
 
 use super::fixture::is_media;
+use super::rank::{self, BLOCK_SIZE, LoadedRank};
 
-const BLOCK_SIZE: u32 = 16;
 const NUM_BLOCKS: u32 = 23;
 const SLOT: SequenceSlot = SequenceSlot(1);
 
@@ -115,23 +115,14 @@ fn run_rank<B: Backend>(
     request: Request<'_>,
 ) -> Generation {
     let Request { prompt, visual, steps, chunk, all_logits } = request;
-    let hidden = config.text.hidden_size;
     let limits = StepLimits {
         max_tokens: chunk as u32,
         max_sequences: chunk as u32 + SLOT.0 + 1,
         max_blocks_per_sequence: NUM_BLOCKS,
-        max_visual_rows: (visual.len() / hidden) as u32,
-        num_real_tokens: config.text.vocab_size as u32,
+        ..StepLimits::default()
     };
-    let split = TpSplit::new(&config.text, communicator.rank(), communicator.world_size()).unwrap();
-    let mut weights = Weights::open(source, config).unwrap();
-    let decoder = Decoder::load(&mut b, &config.text, &split, &limits, &mut weights).unwrap();
-    let mut kv = b.alloc_kv(&decoder.kv_spec(BLOCK_SIZE), NUM_BLOCKS).unwrap();
-    if communicator.rank().0 == 0 {
-        b.upload_rows(decoder.visual(), 0, HostRows { values: visual, cols: hidden as u32 })
-            .unwrap();
-    }
-    b.set_communicator(Some(communicator)).unwrap();
+    let LoadedRank { decoder, mut kv } =
+        rank::load(&mut b, config, source, communicator, limits, visual);
     let params = SamplingParams::default();
     b.sampler_admit(SamplerSequence {
         slot: SLOT,

@@ -6,13 +6,13 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use tessera_collective::{Communicator, threads};
-use tessera_kernels::{Backend, GraphKey, HostRows, StepInputs, StepKind, StepLimits, TokenSource};
-use tessera_model::{Decoder, ModelConfig, TpSplit, WeightSource, Weights};
+use tessera_kernels::{Backend, GraphKey, StepInputs, StepKind, StepLimits, TokenSource};
+use tessera_model::{ModelConfig, WeightSource};
 use tessera_types::{Epoch, Prompt};
 
 use super::fixture::is_media;
+use super::rank::{self, BLOCK_SIZE, LoadedRank};
 
-pub const BLOCK_SIZE: u32 = 16;
 const NUM_BLOCKS: u32 = 64;
 const MAX_TOKENS: u32 = 256;
 
@@ -77,18 +77,10 @@ fn run_rank<B: Backend>(
         max_tokens: MAX_TOKENS,
         max_sequences: MAX_TOKENS,
         max_blocks_per_sequence: NUM_BLOCKS,
-        max_visual_rows: (visual.len() / hidden) as u32,
-        num_real_tokens: config.text.vocab_size as u32,
+        ..StepLimits::default()
     };
-    let split = TpSplit::new(&config.text, communicator.rank(), communicator.world_size()).unwrap();
-    let mut weights = Weights::open(source, config).unwrap();
-    let decoder = Decoder::load(&mut b, &config.text, &split, &limits, &mut weights).unwrap();
-    let mut kv = b.alloc_kv(&decoder.kv_spec(BLOCK_SIZE), NUM_BLOCKS).unwrap();
-    if communicator.rank().0 == 0 {
-        let rows = HostRows { values: &visual, cols: hidden as u32 };
-        b.upload_rows(decoder.visual(), 0, rows).unwrap();
-    }
-    b.set_communicator(Some(communicator)).unwrap();
+    let LoadedRank { decoder, mut kv } =
+        rank::load(&mut b, config, source, communicator, limits, &visual);
     let mut bits = Bits::new();
     for step in steps {
         let inputs = step_inputs(config, sequences, step);

@@ -135,41 +135,16 @@ impl<'a> Report<'a> {
     }
 
     pub fn prefill(&mut self, row: PrefillRow) {
-        let mut table =
-            Table::new(["prefill tokens", "steps", "ms", "tokens/s", "limit ms", "share", "bound"]);
-        table.row([
-            row.tokens.to_string(),
-            row.steps.to_string(),
-            spread(&row.paired.ms),
-            number(row.tokens_per_second),
-            number(row.paired.limit_ms.median),
-            spread(&row.paired.share),
-            row.paired.bound.to_owned(),
-        ]);
-        print!("{}", table.render());
+        let leading = [row.tokens.to_string(), row.steps.to_string()];
+        let per_second = number(row.tokens_per_second);
+        print_paired(["prefill tokens", "steps"], leading, ["tokens/s", &per_second], &row.paired);
         self.prefill.push(row);
     }
 
     pub fn decode(&mut self, row: DecodeRow) {
-        let mut table = Table::new([
-            "decode batch",
-            "context",
-            "step ms",
-            "tokens/s",
-            "limit ms",
-            "share",
-            "bound",
-        ]);
-        table.row([
-            row.batch.to_string(),
-            row.context.to_string(),
-            spread(&row.paired.ms),
-            number(row.tokens_per_second),
-            number(row.paired.limit_ms.median),
-            spread(&row.paired.share),
-            row.paired.bound.to_owned(),
-        ]);
-        print!("{}", table.render());
+        let leading = [row.batch.to_string(), row.context.to_string()];
+        let per_second = number(row.tokens_per_second);
+        print_paired(["decode batch", "context"], leading, ["tokens/s", &per_second], &row.paired);
         self.decode.push(row);
     }
 
@@ -208,18 +183,9 @@ impl<'a> Report<'a> {
     }
 
     pub fn vision(&mut self, row: VisionRow) {
-        let mut table =
-            Table::new(["image", "patches", "visual tokens", "ms", "limit ms", "share", "bound"]);
-        table.row([
-            format!("{}x{}", row.size.width, row.size.height),
-            row.patches.to_string(),
-            row.visual_tokens.to_string(),
-            spread(&row.paired.ms),
-            number(row.paired.limit_ms.median),
-            spread(&row.paired.share),
-            row.paired.bound.to_owned(),
-        ]);
-        print!("{}", table.render());
+        let leading = [format!("{}x{}", row.size.width, row.size.height), row.patches.to_string()];
+        let visual_tokens = row.visual_tokens.to_string();
+        print_paired(["image", "patches"], leading, ["visual tokens", &visual_tokens], &row.paired);
         self.vision.push(row);
     }
 
@@ -230,6 +196,24 @@ impl<'a> Report<'a> {
     pub fn write(&self, file: &Path) -> Result<()> {
         write_json(self, file)
     }
+}
+
+/// One row that was measured beside its limit: two columns that say what, the time, one column more, and the
+/// limit.
+fn print_paired(names: [&str; 2], leading: [String; 2], extra: [&str; 2], paired: &Paired) {
+    let [first, second] = names;
+    let mut table = Table::new([first, second, "ms", extra[0], "limit ms", "share", "bound"]);
+    let [first, second] = leading;
+    table.row([
+        first,
+        second,
+        spread(&paired.ms),
+        extra[1].to_owned(),
+        number(paired.limit_ms.median),
+        spread(&paired.share),
+        paired.bound.to_owned(),
+    ]);
+    print!("{}", table.render());
 }
 
 fn spread(spread: &Spread) -> String {
