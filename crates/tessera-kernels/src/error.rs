@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use tessera_types::SequenceSlot;
 
 use crate::act::{Act, SlotId};
+use crate::cuda_error::CudaError;
 
 /// Result of a backend operation.
 pub type Result<T, E = KernelError> = std::result::Result<T, E>;
@@ -87,6 +88,12 @@ pub enum KernelError {
         threads: usize,
         #[source]
         source: std::io::Error,
+    },
+    #[error("{operation}")]
+    Cuda {
+        operation: &'static str,
+        #[source]
+        source: CudaError,
     },
     #[error("the step did not complete before its deadline")]
     DeadlineExceeded,

@@ -16,6 +16,9 @@
 pub mod act;
 pub mod backend;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod cuda_error;
 pub mod device;
 pub mod error;
 pub mod inputs;
@@ -31,6 +34,7 @@ pub use backend::{
     YarnSpec,
 };
 pub use cpu::{CpuBackend, CpuFormat};
+pub use cuda_error::{CudaError, CudaVersion};
 pub use device::{Device, UnknownDevice};
 pub use error::{KernelError, Result, WeightError};
 pub use inputs::{
