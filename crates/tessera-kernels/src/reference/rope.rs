@@ -59,6 +59,18 @@ impl DecoderRope {
         }
     }
 
+    /// Turn per position of each pair.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn frequencies(&self) -> &[f32] {
+        &self.frequencies
+    }
+
+    /// What cosine and sine are multiplied by.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// Cosine and sine `[head_dim / 2]` at one position.
     pub(crate) fn angles(&self, position: [i32; 3]) -> Vec<(f32, f32)> {
         let frequencies = self.frequencies.iter().zip(&self.axes);
@@ -82,6 +94,12 @@ impl VisionRope {
         let dim = heads.head_dim / 2;
         let frequencies = inverse_frequencies(VISION_THETA, dim, dim / 2);
         Self { frequencies: frequencies.map(|frequency| frequency as f32).collect() }
+    }
+
+    /// Turn per row of the first half of the pairs, per column of the second.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn frequencies(&self) -> &[f32] {
+        &self.frequencies
     }
 
     /// Cosine and sine `[head_dim / 2]` of the patch at (row, col).
