@@ -6,17 +6,31 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Counter of layers computed by one rank since its backend was made. Clones share the count, so that
 /// a thread that does no compute can report it while the rank thread is inside a step (CLUSTER §2).
 #[derive(Debug, Clone, Default)]
-pub struct Progress(Arc<AtomicU64>);
+pub struct Progress {
+    host: Arc<AtomicU64>,
+    /// What the device counted by itself, in memory that it shares with the host.
+    #[cfg(feature = "cuda")]
+    device: Option<Arc<crate::cuda::LayerCounter>>,
+}
 
 impl Progress {
+    /// Layers counted by a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_device(counter: Arc<crate::cuda::LayerCounter>) -> Self {
+        Self { device: Some(counter), ..Self::default() }
+    }
+
     /// Layers computed so far. Only ever grows.
     pub fn count(&self) -> u64 {
         // A statistic: nothing else is published through it.
-        self.0.load(Ordering::Relaxed)
+        let count = self.host.load(Ordering::Relaxed);
+        #[cfg(feature = "cuda")]
+        let count = count + self.device.as_ref().map_or(0, |counter| counter.count());
+        count
     }
 
     /// Counts one more layer. Called by the backend when the layer has been computed.
     pub fn bump(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.host.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -16,12 +16,15 @@ use cudarc::cublaslt::{result, sys};
 
 use super::device::Gpu;
 use super::memory::DeviceBuffer;
-use super::{DevicePtr, cublas_error};
+use super::DevicePtr;
 use crate::act::DType;
-use crate::error::Result;
+use crate::cuda_error::CudaError;
+use crate::error::{KernelError, Result};
 
 /// What NVIDIA recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
+/// `CUBLAS_OP_T`, which cudarc has only with cuBLAS.
+const TRANSPOSED: i32 = 1;
 /// Rows for which the one algorithm of deterministic mode is chosen: between decoding and prefill.
 const DETERMINISTIC_ROWS: u32 = 128;
 
@@ -105,10 +108,10 @@ impl Gemm {
         PlanKey { outputs, inputs, dtype, output, has_bias: bias.is_some(), rows }
     }
 
-    #[allow(unsafe_code)]
     fn launch(&self, gpu: &Gpu, plan: &Plan, product: &Product) -> Result<()> {
         let (one, zero) = (1.0f32, 0.0f32);
         let pointer = |address: DevicePtr| address as *mut c_void;
+        gpu.bind()?;
         // SAFETY: handle, descriptor, layouts and algorithm are alive and belong together; the pointers are device
         // memory of the sizes that the layouts say, which the caller keeps until the stream has come past this
         // product; alpha and beta are host memory that is read before the call returns.
@@ -128,7 +131,7 @@ impl Gemm {
                 plan.y.0,
                 &plan.algorithm,
                 pointer(self.workspace.ptr()),
-                self.workspace.len(),
+                self.workspace.bytes(),
                 gpu.stream().cast(),
             )
         };
@@ -137,7 +140,6 @@ impl Gemm {
 }
 
 impl Drop for Gemm {
-    #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: the handle was made in `new` and is used no more. That it cannot be destroyed concerns no one.
         let _ = unsafe { result::destroy_handle(self.handle) };
@@ -157,7 +159,6 @@ struct Plan {
 }
 
 impl Plan {
-    #[allow(unsafe_code)]
     fn new(handle: sys::cublasLtHandle_t, key: &PlanKey, is_deterministic: bool) -> Result<Self> {
         let operation = Operation::new(key.has_bias)?;
         let weight = Layout::new(key.dtype, key.inputs, key.outputs)?;
@@ -196,8 +197,7 @@ impl Operation {
             (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
         let created = result::create_matmul_desc(compute, scale);
         let operation = Self(created.map_err(cublas_error("cublasLtMatmulDescCreate"))?);
-        let transposed = sys::cublasOperation_t::CUBLAS_OP_T;
-        operation.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed)?;
+        operation.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
         let epilogue = match has_bias {
             true => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
             false => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
@@ -211,7 +211,6 @@ impl Operation {
         Ok(operation)
     }
 
-    #[allow(unsafe_code)]
     fn set<T: Copy>(
         &self,
         attribute: sys::cublasLtMatmulDescAttributes_t,
@@ -227,7 +226,6 @@ impl Operation {
 }
 
 impl Drop for Operation {
-    #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: made in `new`, used no more.
         let _ = unsafe { result::destroy_matmul_desc(self.0) };
@@ -248,7 +246,6 @@ impl Layout {
         Ok(Self(created.map_err(cublas_error("cublasLtMatrixLayoutCreate"))?))
     }
 
-    #[allow(unsafe_code)]
     fn set_cols(&self, cols: u32) -> Result<()> {
         let attribute = sys::cublasLtMatrixLayoutAttribute_t::CUBLASLT_MATRIX_LAYOUT_COLS;
         let cols = u64::from(cols);
@@ -262,7 +259,6 @@ impl Layout {
 }
 
 impl Drop for Layout {
-    #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: made in `new`, used no more.
         let _ = unsafe { result::destroy_matrix_layout(self.0) };
@@ -285,7 +281,6 @@ impl Preference {
         Ok(preference)
     }
 
-    #[allow(unsafe_code)]
     fn set<T: Copy>(
         &self,
         attribute: sys::cublasLtMatmulPreferenceAttributes_t,
@@ -301,9 +296,16 @@ impl Preference {
 }
 
 impl Drop for Preference {
-    #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: made in `new`, used no more.
         let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
+
+/// Turns a status of cuBLASLt into an error that names the call.
+fn cublas_error(call: &'static str) -> impl Fn(result::CublasError) -> KernelError {
+    move |error| {
+        let (name, code) = (format!("{:?}", error.0), error.0 as u32);
+        KernelError::Cuda { operation: "gemm", source: CudaError::Call { call, name, code } }
     }
 }
