@@ -56,14 +56,19 @@ fn compile_all() -> Result<(), String> {
             .try_for_each(|worker| worker.join().map_err(|_| "a compiler thread panicked")?)
     })?;
 
-    let mut generated = String::from("pub(super) const MODULES: &[ModuleImage] = &[\n");
+    let mut described = String::from("const FILES: &[KernelFile] = &[\n");
+    let mut images = String::from("const IMAGES: &[&[u8]] = &[\n");
     for source in &sources {
         let name = stem(source);
         let report = read(&out.join(format!("{name}.report")))?;
-        describe(&mut generated, &name, &report).map_err(|error| error.to_string())?;
+        let image = out.join(format!("{name}.fatbin"));
+        let bytes =
+            fs::metadata(&image).map_err(|error| format!("{}: {error}", image.display()))?.len();
+        describe(&mut described, &name, bytes, &report).map_err(|error| error.to_string())?;
+        writeln!(images, "    &Aligned(*include_bytes!({image:?})).0,")
+            .map_err(|error| error.to_string())?;
     }
-    generated.push_str("];\n");
-    write(&out.join("cuda_modules.rs"), &generated)
+    write(&out.join("cuda_modules.rs"), &format!("{described}];\n{images}];\n"))
 }
 
 /// The compiler: of `$CUDA_HOME`, or of the toolkit that `deploy/cuda-toolkit.sh` sets up.
@@ -111,9 +116,14 @@ fn compile(nvcc: &Path, source: &Path, headers: &[String], out: &Path) -> Result
     write(&stamp, &inputs)
 }
 
-/// Writes one entry of the table of modules.
-fn describe(generated: &mut String, name: &str, report: &str) -> std::fmt::Result {
-    writeln!(generated, "    ModuleImage {{\n        name: {name:?},\n        kernels: &[")?;
+/// Writes one entry of the table of files.
+fn describe(
+    generated: &mut String,
+    name: &str,
+    image_bytes: u64,
+    report: &str,
+) -> std::fmt::Result {
+    writeln!(generated, "    KernelFile {{\n        name: {name:?},\n        kernels: &[")?;
     let mut kernels = kernels(report);
     kernels.sort_by_key(|kernel| kernel.name);
     for kernel in kernels {
@@ -125,10 +135,7 @@ fn describe(generated: &mut String, name: &str, report: &str) -> std::fmt::Resul
              shared_bytes: {shared} }},"
         )?;
     }
-    writeln!(
-        generated,
-        "        ],\n        image: &Aligned(*include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{name}.fatbin\"))).0,\n    }},"
-    )
+    writeln!(generated, "        ],\n        image_bytes: {image_bytes},\n    }},")
 }
 
 #[derive(Default)]

@@ -33,7 +33,8 @@ pub struct DecoderConfig {
     pub tp: u32,
     /// Ranks in each process of the group.
     pub ranks_per_process: u32,
-    /// What computes: `reference` (f32, slow), `cpu` (SIMD, BF16 weights) or `cpu-f32`.
+    /// What computes: `reference` (f32, slow), `cpu` (SIMD, BF16 weights), `cpu-f32`, `cuda` (NVIDIA GPUs, BF16) or `cuda-f32`.
+    /// The ranks of a process take GPUs in order, or those that are listed: `cuda:2,3`.
     pub device: String,
     /// Threads of each rank on a CPU device; 0: the cores divided by the ranks of this process.
     pub threads: usize,
@@ -42,8 +43,9 @@ pub struct DecoderConfig {
     pub state_dir: PathBuf,
     /// Tokens per KV block.
     pub block_size: u32,
-    /// Memory for the KV cache of each rank; 0: a quarter of the memory that is free once the weights are
-    /// loaded, over the ranks of the process, and no more than `max_sequences` of `max_model_len` can fill.
+    /// Memory for the KV cache of each rank. 0: of what is free once the weights are loaded, a quarter of the host's over the
+    /// ranks of the process, or of a GPU all but a tenth of its memory; and no more than `max_sequences` of
+    /// `max_model_len` can fill.
     pub kv_cache_bytes: u64,
     /// Prompt plus output of one sequence, in tokens; 0: the checkpoint's context.
     pub max_model_len: u32,
@@ -199,7 +201,15 @@ impl DecoderConfig {
             "decoder.slot",
             "must be below tp / ranks_per_process",
         )?;
-        self.parse_device()?;
+        let listed = match self.parse_device()? {
+            Device::Cuda(device) => device.listed().len(),
+            Device::Reference | Device::Cpu(_) => 0,
+        };
+        check(
+            listed == 0 || listed == self.ranks_per_process as usize,
+            "decoder.device",
+            "must list one GPU for each of decoder.ranks_per_process",
+        )?;
         check(self.block_size >= 1, "decoder.block_size", "must be at least 1")?;
         check(self.max_sequences >= 1, "decoder.max_sequences", "must be at least 1")?;
         check(self.max_tokens_per_step >= 1, "decoder.max_tokens_per_step", "must be at least 1")?;
@@ -225,11 +235,12 @@ mod tests {
     fn contradictions_are_refused_by_name() {
         assert!(DecoderConfig::default().validate().is_ok());
         type Edit = fn(&mut DecoderConfig);
-        let cases: [(&str, Edit); 4] = [
+        let cases: [(&str, Edit); 5] = [
             ("decoder.tp", |c| c.tp = 0),
             ("decoder.ranks_per_process", |c| (c.tp, c.ranks_per_process) = (4, 3)),
             ("decoder.slot", |c| (c.tp, c.slot) = (2, 2)),
             ("decoder.pipeline_depth", |c| c.pipeline_depth = 3),
+            ("decoder.device", |c| c.device = "cuda:0,1".into()),
         ];
         for (field, edit) in cases {
             let mut config = DecoderConfig::default();

@@ -19,27 +19,23 @@ pub(crate) struct KvMemory {
 }
 
 impl KvMemory {
-    /// What a setting of `kv_cache_bytes` per rank gives, or without one (0) what the free memory allows, but
-    /// no more than all running sequences at full length could fill.
+    /// What a setting of `kv_cache_bytes` per rank gives, or without one (0) what the room of `room_bytes` per rank
+    /// allows, but no more than all running sequences at full length could fill.
     ///
     /// # Errors
     /// Not even two blocks fit: one is the canary's.
     pub fn plan(
         kv_cache_bytes: u64,
-        free_bytes: Option<u64>,
+        room_bytes: Option<u64>,
         block_bytes: u64,
-        num_ranks: u32,
         scheduler: &SchedulerConfig,
     ) -> Result<Self, DecoderError> {
         let block_bytes = block_bytes.max(1);
         let whole = u64::from(scheduler.max_blocks_per_sequence());
         let useful =
             u64::from(scheduler.max_running) * whole + u64::from(scheduler.reserved_blocks);
-        let blocks = match (kv_cache_bytes, free_bytes) {
-            (0, Some(free)) => {
-                let share = free / FREE_MEMORY_DIVISOR / u64::from(num_ranks.max(1));
-                useful.min(share / block_bytes)
-            }
+        let blocks = match (kv_cache_bytes, room_bytes) {
+            (0, Some(room)) => useful.min(room / block_bytes),
             (0, None) => useful,
             (bytes, _) => bytes / block_bytes,
         };
@@ -78,9 +74,14 @@ impl KvMemory {
     }
 }
 
+/// What each of `num_ranks` ranks on the host may take; `None` where the system does not say what is free.
+pub(crate) fn host_room(num_ranks: u32) -> Option<u64> {
+    Some(free_bytes()? / FREE_MEMORY_DIVISOR / u64::from(num_ranks.max(1)))
+}
+
 /// Memory that can be had without swapping: the machine's, or what the control group leaves of its limit.
 /// `None` where the system does not say.
-pub(crate) fn free_bytes() -> Option<u64> {
+fn free_bytes() -> Option<u64> {
     let machine = meminfo_available(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
     let number = |name: &str| {
         let text = std::fs::read_to_string(Path::new("/sys/fs/cgroup").join(name)).ok()?;
@@ -115,18 +116,17 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_is_kept_and_without_one_a_share_of_free_memory_is_taken() {
-        let plan = |bytes, free, ranks| KvMemory::plan(bytes, free, 1 << 20, ranks, &scheduler());
-        let num_blocks = |bytes, free, ranks| plan(bytes, free, ranks).map(|kv| kv.num_blocks).ok();
-        assert_eq!(num_blocks(7 << 20, Some(1), 1), Some(7));
-        assert_eq!(num_blocks(0, Some(400 << 20), 1), Some(100));
-        assert_eq!(num_blocks(0, Some(400 << 20), 2), Some(50));
+    fn a_setting_is_kept_and_without_one_the_room_is_taken() {
+        let plan = |bytes, room| KvMemory::plan(bytes, room, 1 << 20, &scheduler());
+        let num_blocks = |bytes, room| plan(bytes, room).map(|kv| kv.num_blocks).ok();
+        assert_eq!(num_blocks(7 << 20, Some(1)), Some(7));
+        assert_eq!(num_blocks(0, Some(100 << 20)), Some(100));
         // Four sequences of 63 blocks, and the canary's block.
-        assert_eq!(num_blocks(0, Some(1 << 40), 1), Some(253));
-        assert_eq!(num_blocks(0, None, 1), Some(253));
-        assert_eq!(num_blocks(1 << 20, None, 1), None);
-        assert_eq!(num_blocks(0, Some(4 << 20), 1), None);
-        let small = plan(3 << 20, None, 1).expect("three blocks");
+        assert_eq!(num_blocks(0, Some(1 << 40)), Some(253));
+        assert_eq!(num_blocks(0, None), Some(253));
+        assert_eq!(num_blocks(1 << 20, None), None);
+        assert_eq!(num_blocks(0, Some(1 << 20)), None);
+        let small = plan(3 << 20, None).expect("three blocks");
         assert_eq!(small.longest_sequence(&scheduler()), 32);
     }
 

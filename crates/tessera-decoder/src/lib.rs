@@ -10,8 +10,8 @@
 //!
 //! Modules: [`config`], [`error`], [`metrics`]; [`service`] (gRPC `Decoder`), [`generate`] (one attempt),
 //! [`fetch`] (embeddings from encoders), `plans` (gRPC `Group`), `server`; `lifecycle` (formation, epochs,
-//! drain), `shard` (weights), `loading` (their progress), `kv_memory`, `worker` (the
-//! ranks), `leading`, `following` and `fragments` (plan streams), `communicators`, `canary`, `probe`, `mailbox`, `slot_lock`, `clock`.
+//! drain), `shard` (weights), `loading` (their progress), `kv_memory` and
+//! `gpus` (room for KV), `worker` (the ranks), `leading`, `following` and `fragments` (plan streams), `communicators`, `canary`, `probe`, `mailbox`, `slot_lock`, `clock`.
 
 mod canary;
 mod clock;
@@ -22,6 +22,7 @@ pub mod fetch;
 mod following;
 mod fragments;
 pub mod generate;
+mod gpus;
 mod kv_memory;
 mod leading;
 mod lifecycle;

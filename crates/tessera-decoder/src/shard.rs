@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tessera_cluster::{DecoderCapacity, ModelIdentity};
 use tessera_engine::{EngineConfig, GrammarVocabulary, LocalRanks, RankProgress, RankSpec};
-use tessera_kernels::{CpuBackend, Device, ReferenceBackend, StepLimits};
+use tessera_kernels::{CpuBackend, Device, ReferenceBackend, StepLimits, cuda};
 use tessera_model::{ModelConfig, Weights};
 use tessera_processor::{BlockKeyChain, ProcessorConfig, Tokenizer};
 use tessera_scheduler::SchedulerConfig;
@@ -14,6 +14,7 @@ use tessera_types::{NumericsId, Rank};
 
 use crate::config::DecoderConfig;
 use crate::error::DecoderError;
+use crate::gpus;
 use crate::kv_memory::{self, KvMemory};
 use crate::loading::LoadObserver;
 
@@ -38,6 +39,7 @@ fn model_error(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> De
 /// to; a KV cache that holds no block.
 pub(crate) fn load(config: &DecoderConfig, observe: LoadObserver) -> Result<Shard, DecoderError> {
     let started = Instant::now();
+    let device = config.parse_device()?;
     let source = &config.model;
     let model = Arc::new(ModelConfig::from_dir(&source.directory).map_err(model_error)?);
     let processor = ProcessorConfig::load(&source.directory).map_err(model_error)?;
@@ -71,8 +73,8 @@ pub(crate) fn load(config: &DecoderConfig, observe: LoadObserver) -> Result<Shar
     };
     let first = config.first_rank();
     let specs = (first..first + config.ranks_per_process).map(spec).collect();
-    let ranks = load_ranks(config, specs, observe)?;
-    let kv_memory = kv_memory(config, &ranks, &engine.scheduler)?;
+    let ranks = load_ranks(config, device, specs, observe)?;
+    let kv_memory = kv_memory(config, device, &ranks, &engine.scheduler)?;
     kv_memory.log(&engine.scheduler);
     let num_kv_blocks = kv_memory.num_blocks;
     let numerics = numerics_of(&ranks);
@@ -107,10 +109,11 @@ pub(crate) fn load(config: &DecoderConfig, observe: LoadObserver) -> Result<Shar
 
 fn load_ranks(
     config: &DecoderConfig,
+    device: Device,
     specs: Vec<RankSpec>,
     mut observe: LoadObserver,
 ) -> Result<LocalRanks, DecoderError> {
-    let loaded = match config.parse_device()? {
+    let loaded = match device {
         Device::Reference => {
             LocalRanks::load_observed(specs, |_| Ok(ReferenceBackend::new()), &mut observe)
         }
@@ -122,8 +125,19 @@ fn load_ranks(
             let make_backend = move |_| CpuBackend::new(threads.max(1), format);
             LocalRanks::load_observed(specs, make_backend, &mut observe)
         }
+        Device::Cuda(device) => {
+            let first = config.first_rank();
+            let make_backend =
+                move |rank: Rank| cuda::open(device.format, device.ordinal(local(rank, first)));
+            LocalRanks::load_observed(specs, make_backend, &mut observe)
+        }
     };
     loaded.map_err(model_error)
+}
+
+/// Place of a rank among those of this process.
+fn local(rank: Rank, first: u32) -> usize {
+    (rank.0 - first) as usize
 }
 
 fn available_cores() -> usize {
@@ -167,12 +181,17 @@ fn engine_config(
 /// The cache that every local rank can hold.
 fn kv_memory(
     config: &DecoderConfig,
+    device: Device,
     ranks: &LocalRanks,
     scheduler: &SchedulerConfig,
 ) -> Result<KvMemory, DecoderError> {
     let bytes = ranks.ranks().iter().map(|rank| rank.info().kv_block_bytes).max().unwrap_or(1);
-    let (setting, free) = (config.kv_cache_bytes, kv_memory::free_bytes());
-    KvMemory::plan(setting, free, bytes, config.ranks_per_process, scheduler)
+    let num_ranks = config.ranks_per_process;
+    let room = match device {
+        Device::Reference | Device::Cpu(_) => kv_memory::host_room(num_ranks),
+        Device::Cuda(device) => Some(gpus::kv_room(device, num_ranks)?),
+    };
+    KvMemory::plan(config.kv_cache_bytes, room, bytes, scheduler)
 }
 
 fn numerics_of(ranks: &LocalRanks) -> NumericsId {

@@ -22,7 +22,8 @@ pub struct EncoderConfig {
     /// host:port under which decoders and routers reach this process; default: the bound address.
     pub advertise: Option<String>,
     pub admin: AdminConfig,
-    /// What computes: `reference` (f32, slow), `cpu` (SIMD, BF16 weights) or `cpu-f32`.
+    /// What computes: `reference` (f32, slow), `cpu` (SIMD, BF16 weights), `cpu-f32`, `cuda` (an NVIDIA GPU, BF16) or
+    /// `cuda-f32`; `cuda:1` chooses the GPU.
     pub device: String,
     /// Threads of the vision tower on a CPU device; 0: all cores.
     pub threads: usize,
@@ -123,7 +124,12 @@ impl EncoderConfig {
                 Err(EncoderError::Config { field, reason: format!("must be at least {least}") })
             }
         };
-        self.parse_device()?;
+        if let Device::Cuda(device) = self.parse_device()?
+            && device.listed().len() > 1
+        {
+            let reason = "an encoder takes one GPU; start one for each".into();
+            return Err(EncoderError::Config { field: "encoder.device", reason });
+        }
         at_least("encoder.cache_bytes", self.cache_bytes, 1 << 20)?;
         at_least("encoder.max_media_bytes", self.max_media_bytes, 1 << 20)?;
         at_least("encoder.max_queued_pixels", self.max_queued_pixels, 28 * 28)?;

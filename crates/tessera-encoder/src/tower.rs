@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use tessera_kernels::{Backend, CpuBackend, Device, ReferenceBackend};
+use tessera_kernels::{Backend, CpuBackend, CudaDevice, Device, ReferenceBackend, cuda};
 use tessera_model::numerics::vision_numerics;
 use tessera_model::{ModelConfig, VisionItem, VisionTower, WeightSource, Weights};
 use tessera_types::{ModelFingerprint, NumericsId};
@@ -49,6 +49,7 @@ pub fn identify(
         Device::Cpu(format) => {
             vision_numerics(CpuBackend::new(1, format).map_err(model_error)?.caps())
         }
+        Device::Cuda(device) => vision_numerics(open(device)?.caps()),
     };
     Ok(Identity {
         vision_fingerprint: weights.vision_fingerprint(config).map_err(model_error)?,
@@ -76,7 +77,13 @@ pub fn load(
             let backend = CpuBackend::new(threads, format).map_err(model_error)?;
             load_on(backend, config, weights, max_patches)
         }
+        Device::Cuda(device) => load_on(open(device)?, config, weights, max_patches),
     }
+}
+
+/// Opens the encoder's GPU.
+fn open(device: CudaDevice) -> Result<cuda::CudaBackend, EncoderError> {
+    cuda::open(device.format, device.ordinal(0)).map_err(model_error)
 }
 
 fn load_on<B: Backend>(

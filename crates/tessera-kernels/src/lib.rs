@@ -11,6 +11,7 @@
 //! Modules: [`backend`] (the trait), [`act`] (slots and handles), [`inputs`] (a step's data),
 //! [`weights`] (what to load), [`progress`] (the layer counter), [`reference`](mod@reference) (f32 on
 //! the host), [`cpu`] (SIMD kernels on packed weights), [`sampling`] (drawing a token from a row of logits),
+//! [`cuda`] (NVIDIA GPUs, with the feature of that name; [`cuda_check`] and [`cuda_error`] say what is missing),
 //! [`timed`] (a backend that measures another), [`error`].
 
 pub mod act;
@@ -18,6 +19,10 @@ pub mod backend;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "cuda_absent.rs"]
+pub mod cuda;
+pub mod cuda_check;
 pub mod cuda_error;
 pub mod device;
 pub mod error;
@@ -34,8 +39,9 @@ pub use backend::{
     YarnSpec,
 };
 pub use cpu::{CpuBackend, CpuFormat};
+pub use cuda_check::{CudaCheck, CudaLibrary, GpuInfo, KernelFile, KernelResources};
 pub use cuda_error::{CudaError, CudaVersion};
-pub use device::{Device, UnknownDevice};
+pub use device::{CudaDevice, CudaFormat, Device, UnknownDevice};
 pub use error::{KernelError, Result, WeightError};
 pub use inputs::{
     HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, ScoreRow, StepInputs, StepLimits,

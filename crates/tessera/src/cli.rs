@@ -9,6 +9,7 @@ use figment::value::Value;
 use crate::bench::{BenchArgs, bench};
 use crate::error::{Error, Result};
 use crate::generate::{GenerateArgs, generate};
+use crate::gpus::{GpusArgs, gpus};
 use crate::roles;
 use crate::settings::{Settings, parse_value};
 use crate::shard::{ShardArgs, shard};
@@ -36,6 +37,8 @@ enum Command {
     Generate(GenerateArgs),
     /// Measure the engine of this machine, or a server.
     Bench(BenchArgs),
+    /// Show what this machine has for the CUDA backend: libraries, GPUs, what is missing.
+    Gpus(GpusArgs),
     /// Write a checkpoint as one file per rank, for fast restarts.
     Shard(ShardArgs),
     /// Print all settings with their values, as a file that --config reads.
@@ -111,7 +114,7 @@ struct WorkerArgs {
     /// Address of /metrics, /livez and /readyz.
     #[arg(long, value_name = "ADDR")]
     admin: Option<SocketAddr>,
-    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights) or cpu-f32.
+    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights), cpu-f32, cuda[:0,1,...] (BF16) or cuda-f32[:0,1,...].
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Threads of each rank, or of the vision tower; default: the cores this process finds.
@@ -159,6 +162,7 @@ impl Cli {
             }
             Command::Generate(args) => roles::block_on(async move { generate(&args).await })?,
             Command::Bench(args) => bench(&args),
+            Command::Gpus(args) => gpus(&args),
             Command::Shard(args) => shard(&args),
             Command::Config(common) => {
                 print!("{}", common.settings(Vec::new())?.to_toml()?);

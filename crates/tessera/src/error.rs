@@ -51,6 +51,10 @@ pub enum Error {
     Encoder(#[from] tessera_encoder::EncoderError),
     #[error("the decoder stopped")]
     Decoder(#[from] tessera_decoder::DecoderError),
+    #[error("the device cannot be used")]
+    Gpu(#[source] tessera_kernels::CudaError),
+    #[error("no GPU of this machine can be used")]
+    NoUsableGpu,
     #[error("the checkpoint was not sharded")]
     Shard(#[source] tessera_model::ModelError),
     #[error("the embedded store failed")]

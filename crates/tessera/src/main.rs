@@ -3,12 +3,13 @@
 //!
 //! Modules: [`cli`] (flags), [`settings`] (defaults < file < environment < flags), [`roles`] (run one
 //! role), [`up`] (a whole cluster on this machine), [`generate`] (ask a question), [`bench`] (how
-//! fast it is), [`shard`] (one file per rank), [`progress`] (a bar), [`signals`], [`error`].
+//! fast it is), [`gpus`] (what is there for CUDA), [`shard`] (one file per rank), [`progress`] (a bar), [`signals`], [`error`].
 
 mod bench;
 mod cli;
 mod error;
 mod generate;
+mod gpus;
 mod progress;
 mod roles;
 mod settings;

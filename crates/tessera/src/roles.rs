@@ -4,6 +4,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::cli::CommonArgs;
 use crate::error::{Error, Result};
+use crate::gpus;
 use crate::progress;
 use crate::settings::Settings;
 use crate::signals;
@@ -31,6 +32,7 @@ pub fn router(settings: Settings, common: &CommonArgs) -> Result<()> {
 pub fn encoder(settings: Settings, common: &CommonArgs) -> Result<()> {
     let settings = settings.share()?;
     tessera_telemetry::init_tracing(&settings.log)?;
+    gpus::require(settings.encoder.parse_device()?, 1)?;
     runtime()?.block_on(async {
         let shutdown = signals::shutdown(common.exit_with_stdin)?;
         Ok(tessera_encoder::run(settings.encoder, shutdown).await?)
@@ -41,6 +43,7 @@ pub fn encoder(settings: Settings, common: &CommonArgs) -> Result<()> {
 pub fn decoder(settings: Settings, common: &CommonArgs) -> Result<()> {
     let settings = settings.share()?;
     tessera_telemetry::init_tracing(&settings.log)?;
+    gpus::require(settings.decoder.parse_device()?, settings.decoder.ranks_per_process)?;
     runtime()?.block_on(async {
         let shutdown = signals::shutdown(common.exit_with_stdin)?;
         // Under a supervisor several processes share the terminal, where bars would overwrite each other.

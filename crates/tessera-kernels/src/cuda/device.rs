@@ -13,6 +13,7 @@ use super::graph_capture::Graph;
 use super::library::{self, check};
 use super::memory::{DeviceBuffer, PinnedBuffer};
 use super::module::{Launch, Modules};
+use crate::cuda_check::{CudaCheck, GpuInfo};
 use crate::cuda_error::CudaError;
 use crate::error::{KernelError, Result};
 
@@ -21,19 +22,6 @@ pub(crate) type DevicePtr = u64;
 
 /// Lowest compute capability that the kernels are made for.
 const LOWEST_CAPABILITY: (u32, u32) = (8, 0);
-
-/// What a GPU is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GpuInfo {
-    /// From 0, in the driver's order.
-    pub ordinal: u32,
-    pub name: String,
-    pub capability: (u32, u32),
-    pub multiprocessors: u32,
-    /// Shared memory that one block may ask for.
-    pub shared_bytes: u32,
-    pub memory_bytes: usize,
-}
 
 /// The primary context of a GPU, shared by all ranks of this process that use it.
 #[derive(Debug)]
@@ -328,12 +316,25 @@ fn count() -> Result<u32, CudaError> {
     Ok(count.unsigned_abs())
 }
 
-/// All GPUs of this machine, each with what it is or why it cannot be used; the driver must be initialised.
+/// What this machine has for the CUDA backend: libraries and GPUs, or what is missing.
+pub fn check_machine() -> CudaCheck {
+    let driver = library::driver();
+    let count = driver.as_ref().map_or(0, |_| count().unwrap_or(0));
+    let gpus = (0..count).map(|ordinal| inspect(ordinal).map(|(_, info)| info)).collect();
+    CudaCheck { driver, cublaslt: library::cublaslt(), gpus }
+}
+
+/// Free and total bytes of a GPU, whoever uses it.
 ///
 /// # Errors
-/// The driver does not answer.
-pub(super) fn list() -> Result<Vec<Result<GpuInfo, CudaError>>, CudaError> {
-    Ok((0..count()?).map(|ordinal| inspect(ordinal).map(|(_, info)| info)).collect())
+/// No driver, no such GPU.
+pub fn memory(ordinal: u32) -> Result<(usize, usize)> {
+    let memory = || {
+        library::driver()?;
+        let (device, _) = inspect(ordinal)?;
+        Context::retain(ordinal, device)?.memory()
+    };
+    memory().map_err(failed("memory"))
 }
 
 /// Names the operation that a call of the driver belonged to.

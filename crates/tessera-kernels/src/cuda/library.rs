@@ -6,27 +6,19 @@ use std::path::PathBuf;
 use cudarc::cublaslt;
 use cudarc::driver::{DriverError, result, sys};
 
+use crate::cuda_check::CudaLibrary;
 use crate::cuda_error::{CudaError, CudaVersion};
 
 /// The oldest driver that takes our kernels: they are made by the compiler of CUDA 13.0.
-pub const NEEDED_DRIVER: CudaVersion = CudaVersion(13_000);
+const NEEDED_DRIVER: CudaVersion = CudaVersion(13_000);
 /// The oldest cuBLASLt of the interface that cudarc was generated from.
-pub const NEEDED_CUBLASLT: CudaVersion = CudaVersion(13_000);
-
-/// One library of NVIDIA, loaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Library {
-    pub name: &'static str,
-    pub version: CudaVersion,
-    /// File it was loaded from, links followed; empty where the system does not tell.
-    pub path: PathBuf,
-}
+const NEEDED_CUBLASLT: CudaVersion = CudaVersion(13_000);
 
 /// Loads and initialises the driver.
 ///
 /// # Errors
 /// No driver, one that is too old, or one without a GPU.
-pub fn driver() -> Result<Library, CudaError> {
+pub(super) fn driver() -> Result<CudaLibrary, CudaError> {
     // SAFETY: only loads a library and runs its initialisers, as the program's own loader would.
     if !unsafe { sys::is_culib_present() } {
         return Err(CudaError::DriverMissing);
@@ -43,14 +35,14 @@ pub fn driver() -> Result<Library, CudaError> {
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Err(CudaError::NoGpu),
         initialised => check("cuInit", initialised)?,
     }
-    Ok(Library { name: "NVIDIA driver", version, path: path_of("libcuda.so") })
+    Ok(CudaLibrary { name: "NVIDIA driver", version, path: path_of("libcuda.so") })
 }
 
 /// Loads cuBLASLt, the library of matrix products.
 ///
 /// # Errors
 /// It is missing or too old.
-pub fn cublaslt() -> Result<Library, CudaError> {
+pub(super) fn cublaslt() -> Result<CudaLibrary, CudaError> {
     const NAME: &str = "cuBLASLt";
     // SAFETY: only loads a library and runs its initialisers, as the program's own loader would.
     if !unsafe { cublaslt::sys::is_culib_present() } {
@@ -66,7 +58,7 @@ pub fn cublaslt() -> Result<Library, CudaError> {
             needed: NEEDED_CUBLASLT,
         });
     }
-    Ok(Library { name: NAME, version, path: path_of("libcublasLt.so") })
+    Ok(CudaLibrary { name: NAME, version, path: path_of("libcublasLt.so") })
 }
 
 /// cuBLAS numbers itself 10000 · major + 100 · minor + patch since version 10.

@@ -11,48 +11,20 @@ use cudarc::driver::{result, sys};
 
 use super::device::{Context, DevicePtr, Gpu, failed};
 use super::library::check;
+use crate::cuda_check::{KernelFile, KernelResources};
 use crate::cuda_error::CudaError;
 use crate::error::Result;
-
-/// What one kernel takes of a multiprocessor on sm_90a, as the assembler reported it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KernelResources {
-    pub name: &'static str,
-    /// Per thread.
-    pub registers: u32,
-    /// Per thread: written and read back because registers ran out.
-    pub spill_store_bytes: u32,
-    pub spill_load_bytes: u32,
-    /// Per thread.
-    pub stack_bytes: u32,
-    /// Per block, beside what a launch asks for.
-    pub shared_bytes: u32,
-}
-
-/// One source file, compiled.
-#[derive(Debug, Clone, Copy)]
-pub struct ModuleImage {
-    /// Its name without extension.
-    pub name: &'static str,
-    pub kernels: &'static [KernelResources],
-    image: &'static [u8],
-}
-
-impl ModuleImage {
-    pub fn image_bytes(&self) -> usize {
-        self.image.len()
-    }
-}
 
 /// The driver reads words out of images.
 #[repr(C, align(64))]
 struct Aligned<T: ?Sized>(T);
 
+// `FILES`: every source file; `IMAGES`: what each was compiled to, in the same order.
 include!(concat!(env!("OUT_DIR"), "/cuda_modules.rs"));
 
-/// Every kernel of the backend, by source file.
-pub fn modules() -> &'static [ModuleImage] {
-    MODULES
+/// The kernels that this program carries, by source file.
+pub fn kernels() -> &'static [KernelFile] {
+    FILES
 }
 
 /// All kernels, loaded into one context.
@@ -69,12 +41,12 @@ impl Modules {
         context.bind()?;
         let mut modules =
             Self { context: Arc::clone(context), raw: Vec::new(), functions: HashMap::new() };
-        for module in MODULES {
+        for (file, image) in FILES.iter().zip(IMAGES) {
             // SAFETY: a complete image, made by the compiler when this program was built.
-            let raw = unsafe { result::module::load_data(module.image.as_ptr().cast::<c_void>()) };
+            let raw = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) };
             let raw = check("cuModuleLoadData", raw)?;
             modules.raw.push(raw);
-            for kernel in module.kernels {
+            for kernel in file.kernels {
                 let function = find(raw, kernel, shared_bytes)?;
                 let before = modules.functions.insert(kernel.name, function);
                 assert!(before.is_none(), "two kernels are called {}", kernel.name);

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 use tessera_kernels::cpu::{CpuLimits, Path};
-use tessera_kernels::{CpuFormat, DType, Device, UnknownDevice};
+use tessera_kernels::cuda::GpuLimits;
+use tessera_kernels::{CpuFormat, CudaFormat, DType, Device, UnknownDevice};
 
 use super::error::BenchError;
 use super::stats::Spread;
@@ -27,32 +28,59 @@ pub struct Limits {
 
 /// Measures the limits with the threads, instructions and number format of the backend under test.
 #[derive(Debug)]
-pub struct LimitMeter {
-    cpu: CpuLimits,
+pub struct LimitMeter(Machine);
+
+/// What is measured.
+#[derive(Debug)]
+enum Machine {
+    Cpu(CpuLimits),
+    /// The first GPU of the device.
+    Gpu(GpuLimits),
 }
 
 impl LimitMeter {
     /// # Errors
     /// No memory, no threads.
     pub fn new(device: Device, threads: usize) -> Result<Self, BenchError> {
-        let cpu = CpuLimits::new(threads, format_of(device), Path::detect(), READ_BYTES)?;
-        Ok(Self { cpu })
+        let on_cpu = |format| CpuLimits::new(threads, format, Path::detect(), READ_BYTES);
+        Ok(Self(match device {
+            Device::Reference => Machine::Cpu(on_cpu(CpuFormat::F32)?),
+            Device::Cpu(format) => Machine::Cpu(on_cpu(format)?),
+            Device::Cuda(gpu) => Machine::Gpu(GpuLimits::new(gpu.format, gpu.ordinal(0))?),
+        }))
     }
 
     /// Measures both limits now. The engine must be idle.
-    pub fn measure(&self) -> Limits {
-        let reads = (0..READS).map(|_| self.cpu.read_bytes_per_second());
-        Limits {
-            read_bytes_per_second: Spread::of(reads).median,
-            flops: self.cpu.multiply_flops(MULTIPLY_TIME),
-        }
+    ///
+    /// # Errors
+    /// A GPU failed.
+    pub fn measure(&self) -> Result<Limits, BenchError> {
+        Ok(match &self.0 {
+            Machine::Cpu(cpu) => {
+                let reads = (0..READS).map(|_| cpu.read_bytes_per_second());
+                Limits {
+                    read_bytes_per_second: Spread::of(reads).median,
+                    flops: cpu.multiply_flops(MULTIPLY_TIME),
+                }
+            }
+            Machine::Gpu(gpu) => Limits {
+                read_bytes_per_second: gpu.copy_bytes_per_second()?,
+                flops: gpu.multiply_flops()?,
+            },
+        })
     }
 
     /// Runs `body` between two measurements and returns their mean with its result.
-    pub fn around<T, E>(&self, body: impl FnOnce() -> Result<T, E>) -> Result<(Limits, T), E> {
-        let before = self.measure();
+    ///
+    /// # Errors
+    /// Those of `body`; a GPU failed.
+    pub fn around<T>(
+        &self,
+        body: impl FnOnce() -> Result<T, BenchError>,
+    ) -> Result<(Limits, T), BenchError> {
+        let before = self.measure()?;
         let result = body()?;
-        let after = self.measure();
+        let after = self.measure()?;
         let limits = Limits {
             read_bytes_per_second: (before.read_bytes_per_second + after.read_bytes_per_second)
                 / 2.0,
@@ -78,18 +106,12 @@ pub fn device_as_text<S: Serializer>(device: &Device, serializer: S) -> Result<S
 
 /// Type of weights and KV.
 pub fn dtype_of(device: Device) -> DType {
-    match format_of(device) {
-        CpuFormat::Bf16 => DType::Bf16,
-        CpuFormat::F32 => DType::F32,
-    }
-}
-
-/// What the numbers of a device are multiplied as.
-fn format_of(device: Device) -> CpuFormat {
-    match device {
-        Device::Cpu(format) => format,
-        Device::Reference => CpuFormat::F32,
-    }
+    let is_bf16 = match device {
+        Device::Reference => false,
+        Device::Cpu(format) => format == CpuFormat::Bf16,
+        Device::Cuda(gpu) => gpu.format == CudaFormat::Bf16,
+    };
+    if is_bf16 { DType::Bf16 } else { DType::F32 }
 }
 
 /// One measurement and the limits around it.

@@ -45,7 +45,7 @@ pub struct UpArgs {
     /// Decoder groups.
     #[arg(long, default_value_t = 1)]
     pub groups: u32,
-    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights) or cpu-f32.
+    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights), cpu-f32, cuda[:0,1,...] (BF16) or cuda-f32[:0,1,...].
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
     /// Address of the OpenAI-compatible HTTP server.

@@ -30,7 +30,7 @@ pub struct EngineArgs {
     /// `random:SEED`, or `checkpoint` for the weights beside the shape's config.json.
     #[arg(long, default_value = "random:1", value_name = "SOURCE")]
     weights: String,
-    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights) or cpu-f32.
+    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights), cpu-f32, cuda[:0,1,...] (BF16) or cuda-f32[:0,1,...].
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Threads of each rank; default: the cores divided by the ranks.

@@ -9,7 +9,7 @@ use tessera_engine::{
     Engine, EngineConfig, EngineHandle, EngineThread, EpochStart, Event, GroupExecutor, LocalRanks,
     RankSpec, SequenceError, SinkError, Submission,
 };
-use tessera_kernels::{CpuBackend, Device, ReferenceBackend, StepLimits};
+use tessera_kernels::{CpuBackend, Device, ReferenceBackend, StepLimits, cuda};
 use tessera_types::{
     BlockKey, Epoch, FinishReason, Hash256, PositionSpan, Prompt, Rank, SamplingParams, SequenceId,
     TenantId,
@@ -244,5 +244,8 @@ fn load_ranks(plan: &Plan) -> Result<LocalRanks, BenchError> {
     Ok(match plan.device {
         Device::Reference => LocalRanks::load(specs, |_| Ok(ReferenceBackend::new()))?,
         Device::Cpu(format) => LocalRanks::load(specs, move |_| CpuBackend::new(threads, format))?,
+        Device::Cuda(device) => LocalRanks::load(specs, move |rank: Rank| {
+            cuda::open(device.format, device.ordinal(rank.0 as usize))
+        })?,
     })
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tessera_kernels::{Backend, CpuBackend, Device, ReferenceBackend};
+use tessera_kernels::{Backend, CpuBackend, Device, ReferenceBackend, cuda};
 use tessera_model::{VisionItem, VisionTower, Weights};
 use tessera_types::GridThw;
 
@@ -24,6 +24,9 @@ pub fn run(plan: &Plan, meter: &LimitMeter, report: &mut Report<'_>) -> Result<(
         Device::Reference => run_on(ReferenceBackend::new(), plan, meter, report),
         Device::Cpu(format) => {
             run_on(CpuBackend::new(plan.total_threads(), format)?, plan, meter, report)
+        }
+        Device::Cuda(device) => {
+            run_on(cuda::open(device.format, device.ordinal(0))?, plan, meter, report)
         }
     }
 }

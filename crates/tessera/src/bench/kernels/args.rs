@@ -17,7 +17,7 @@ pub struct KernelsArgs {
     /// Model whose kernels are measured: 3b, 7b, 72b, tiny, or the path of a config.json.
     #[arg(long, default_value = "3b", value_name = "SHAPE")]
     shape: String,
-    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights) or cpu-f32.
+    /// What computes: reference (f32, slow), cpu (SIMD, BF16 weights), cpu-f32, cuda[:0,1,...] (BF16) or cuda-f32[:0,1,...].
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Default: the cores of this machine.

@@ -1,6 +1,6 @@
 //! A backend with slots to work in, and the loop that measures one kernel.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use half::bf16;
 use tessera_kernels::{
@@ -19,6 +19,9 @@ pub type Maker<'a, B> = &'a dyn Fn() -> tessera_kernels::Result<B>;
 
 /// What a kernel reads should not be found in a cache: several times the largest.
 pub const COLD_BYTES: usize = 256 << 20;
+
+/// Longest that the runs between two looks at the clock may take.
+const DEADLINE: Duration = Duration::from_secs(600);
 
 /// A backend whose slots are planned.
 pub struct Bed<'a, B: Backend> {
@@ -63,18 +66,27 @@ impl<'a, B: Backend> Bed<'a, B> {
         mut body: impl FnMut(&mut B) -> tessera_kernels::Result<usize>,
     ) -> Result<Paired, BenchError> {
         body(&mut self.b)?;
+        finish(&mut self.b)?;
         let (b, meter) = (&mut self.b, self.meter);
         let mut pairs = Vec::with_capacity(self.repeats);
         for _ in 0..self.repeats {
             let (limits, seconds) = meter.around(|| {
                 let started = Instant::now();
                 let times = body(b)?;
-                Ok::<_, BenchError>(started.elapsed().as_secs_f64() / times as f64)
+                finish(b)?;
+                Ok(started.elapsed().as_secs_f64() / times as f64)
             })?;
             pairs.push(Pair { seconds, limits });
         }
         Ok(Paired::of(work, &pairs))
     }
+}
+
+/// Waits until what was enqueued is computed.
+fn finish<B: Backend>(b: &mut B) -> Result<(), BenchError> {
+    let ticket = b.submit()?;
+    b.wait(ticket, Instant::now() + DEADLINE)?;
+    Ok(())
 }
 
 fn spec(slot: u32, max_rows: u32, cols: u32) -> SlotSpec {

@@ -13,7 +13,7 @@ mod report;
 mod rows;
 mod vision;
 
-use tessera_kernels::{Backend, CpuBackend, Device, ReferenceBackend};
+use tessera_kernels::{Backend, CpuBackend, Device, ReferenceBackend, cuda};
 
 pub use self::args::KernelsArgs;
 
@@ -37,6 +37,10 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
         }
         Device::Cpu(format) => {
             run_groups(&plan, &meter, &move || CpuBackend::new(threads, format), &mut report)?;
+        }
+        Device::Cuda(device) => {
+            let make = move || cuda::open(device.format, device.ordinal(0));
+            run_groups(&plan, &meter, &make, &mut report)?;
         }
     }
     match &args.json {

@@ -1,0 +1,73 @@
+//! Stands in for the CUDA backend in programs that are built without it: everything says so.
+
+use crate::cuda_check::{CudaCheck, KernelFile};
+use crate::cuda_error::CudaError;
+use crate::device::CudaFormat;
+use crate::error::{KernelError, Result};
+
+/// No value of it is ever made, so any backend will do as its type.
+pub type CudaBackend = crate::ReferenceBackend;
+
+fn absent<T>() -> Result<T> {
+    Err(KernelError::Cuda { operation: "open", source: CudaError::NotBuilt })
+}
+
+/// Opens a GPU.
+///
+/// # Errors
+/// Always [`CudaError::NotBuilt`].
+pub fn open(_format: CudaFormat, _ordinal: u32) -> Result<CudaBackend> {
+    absent()
+}
+
+/// What this machine has for the CUDA backend.
+pub fn check() -> CudaCheck {
+    CudaCheck {
+        driver: Err(CudaError::NotBuilt),
+        cublaslt: Err(CudaError::NotBuilt),
+        gpus: Vec::new(),
+    }
+}
+
+/// Free and total bytes of a GPU.
+///
+/// # Errors
+/// Always [`CudaError::NotBuilt`].
+pub fn memory(_ordinal: u32) -> Result<(usize, usize)> {
+    absent()
+}
+
+/// Measures the limits of a GPU; there is none of it here.
+#[derive(Debug)]
+pub enum GpuLimits {}
+
+impl GpuLimits {
+    /// Opens a GPU.
+    ///
+    /// # Errors
+    /// Always [`CudaError::NotBuilt`].
+    pub fn new(_format: CudaFormat, _ordinal: u32) -> Result<Self> {
+        absent()
+    }
+
+    /// Bytes read and written per second.
+    ///
+    /// # Errors
+    /// None: there is no value to call it on.
+    pub fn copy_bytes_per_second(&self) -> Result<f64> {
+        match *self {}
+    }
+
+    /// Multiplications and additions per second.
+    ///
+    /// # Errors
+    /// None: there is no value to call it on.
+    pub fn multiply_flops(&self) -> Result<f64> {
+        match *self {}
+    }
+}
+
+/// The kernels that this program carries.
+pub fn kernels() -> &'static [KernelFile] {
+    &[]
+}
