@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "fault.h"
+
 namespace emulator {
 
 thread_local Thread* current __attribute__((tls_model("initial-exec"))) = nullptr;
@@ -179,6 +181,7 @@ static void run_block(RunningBlock& block, size_t dynamic_bytes) {
 
 void run(const Kernel& kernel, const Shape& shape, void** arguments) {
     if (current != nullptr) fail("launch inside a kernel");
+    catch_faults();
     RunningBlock& block = running();
     block.kernel = &kernel;
     block.arguments = arguments;

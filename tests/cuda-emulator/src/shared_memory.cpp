@@ -76,6 +76,12 @@ bool SharedMemory::holds(const void* address, size_t bytes) const {
     });
 }
 
+bool SharedMemory::behind(const void* address) const {
+    const unsigned char* end = memory_ + ARRAYS_BYTES + DYNAMIC_BYTES;
+    const unsigned char* byte = static_cast<const unsigned char*>(address);
+    return memory_ != nullptr && byte >= end && byte < end + GUARD_BYTES;
+}
+
 const char* SharedMemory::overwritten() const {
     const unsigned char* end = memory_ + ARRAYS_BYTES + DYNAMIC_BYTES;
     if (!intact(dynamic_ - CANARY_BYTES, CANARY_BYTES)) return "dynamic shared memory";

@@ -1,0 +1,26 @@
+#include "settings.h"
+
+#include <cstdlib>
+
+namespace emulator::driver {
+
+static long long number(const char* name, long long otherwise) {
+    const char* text = std::getenv(name);
+    return text == nullptr || *text == '\0' ? otherwise : std::atoll(text);
+}
+
+const Settings& settings() {
+    static const Settings values = {
+        static_cast<int>(number("TESSERA_EMULATOR_DEVICES", 2)),
+        static_cast<int>(number("TESSERA_EMULATOR_DRIVER", 13000)),
+        static_cast<int>(number("TESSERA_EMULATOR_CAPABILITY", 90)),
+        static_cast<int>(number("TESSERA_EMULATOR_MULTIPROCESSORS", 4)),
+        static_cast<size_t>(number("TESSERA_EMULATOR_MEMORY_BYTES", 1ll << 30)),
+        number("TESSERA_EMULATOR_EAGER", 0) != 0,
+        static_cast<long>(number("TESSERA_EMULATOR_FAIL_LAUNCH", 0)),
+        static_cast<long>(number("TESSERA_EMULATOR_STALL_LAUNCH", 0)),
+    };
+    return values;
+}
+
+}  // namespace emulator::driver
