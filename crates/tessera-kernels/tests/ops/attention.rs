@@ -164,7 +164,7 @@ fn step<B: Backend>(
     inputs.token_source = vec![TokenSource::Host(0); tokens];
     b.upload(&inputs).unwrap();
     let query_cols = shape.query_heads * shape.dim;
-    let (qkv, out) = (act(0, tokens, shape.cols()), act(1, tokens, query_cols));
+    let (qkv, out) = (native(b, 0, tokens, shape.cols()), native(b, 1, tokens, query_cols));
     set(b, qkv, &rows);
     b.rope_kv_write(qkv, kv, 1).unwrap();
     b.attention_paged(qkv, kv, 1, out).unwrap();

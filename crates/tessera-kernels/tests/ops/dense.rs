@@ -38,8 +38,9 @@ fn linear_with_stacked_parts<B: TestBackend>() {
         let n = q + 16 + kv;
         assert_eq!(spec.out_features(), n);
         let x = noise.values(m * k);
-        set(&mut b, act(0, m, k), &x);
-        b.linear(act(0, m, k), &linear, Epilogue::None, act(1, m, n)).unwrap();
+        let (input, output) = (native(&b, 0, m, k), native(&b, 1, m, n));
+        set(&mut b, input, &x);
+        b.linear(input, &linear, Epilogue::None, output).unwrap();
 
         let mut w = wq[q * k..].to_vec();
         w.extend(vec![0.0; 16 * k]);
@@ -47,7 +48,7 @@ fn linear_with_stacked_parts<B: TestBackend>() {
         let mut bias = bq[q..].to_vec();
         bias.extend(vec![0.0; 16 + kv]);
         let twin = twin_linear(&wide(&x), &w, Some(&bias), k);
-        assert_close::<B>(&b.download(act(1, m, n)).unwrap(), &twin, "stacked linear");
+        assert_close::<B>(&b.download(output).unwrap(), &twin, "stacked linear");
     }
 }
 
@@ -60,16 +61,17 @@ fn linear_epilogues<B: TestBackend>() {
     let spec = stacked(vec![part("l", [n, k], 0..n, 0..k, true)]);
     let linear = b.load_linear(&spec, &weights).unwrap();
     let x = noise.values(m * k);
-    set(&mut b, act(0, m, k), &x);
+    let (input, output) = (native(&b, 0, m, k), native(&b, 1, m, n));
+    set(&mut b, input, &x);
     let plain = twin_linear(&wide(&x), &w, Some(&bias), k);
     let gelu = |x: &f64| x * 0.5 * (1.0 + erf(x / 2f64.sqrt()));
-    for (epilogue, twin) in [
-        (Epilogue::None, plain.clone()),
-        (Epilogue::F32Out, plain.clone()),
-        (Epilogue::GeluErf, plain.iter().map(gelu).collect()),
+    for (epilogue, output, twin) in [
+        (Epilogue::None, output, plain.clone()),
+        (Epilogue::F32Out, act(1, m, n), plain.clone()),
+        (Epilogue::GeluErf, output, plain.iter().map(gelu).collect()),
     ] {
-        b.linear(act(0, m, k), &linear, epilogue, act(1, m, n)).unwrap();
-        assert_close::<B>(&b.download(act(1, m, n)).unwrap(), &twin, &format!("{epilogue:?}"));
+        b.linear(input, &linear, epilogue, output).unwrap();
+        assert_close::<B>(&b.download(output).unwrap(), &twin, &format!("{epilogue:?}"));
     }
 }
 
@@ -89,15 +91,16 @@ fn swiglu<B: TestBackend>() {
     let spec = LinearSpec { layout: PartLayout::GateUp, ..stacked(parts.to_vec()) };
     let linear = b.load_linear(&spec, &weights).unwrap();
     let x: Vec<f32> = noise.values(m * k).iter().map(|x| x * 4.0).collect();
-    set(&mut b, act(0, m, k), &x);
-    b.linear_swiglu(act(0, m, k), &linear, act(1, m, 32)).unwrap();
+    let (input, output) = (native(&b, 0, m, k), native(&b, 1, m, 32));
+    set(&mut b, input, &x);
+    b.linear_swiglu(input, &linear, output).unwrap();
 
     let gate = twin_linear(&wide(&x), &gate, Some(&gate_bias), k);
     let up = twin_linear(&wide(&x), &up, Some(&up_bias), k);
     let silu = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect::<Vec<_>>();
     let padded = silu.chunks_exact(inner).flat_map(|row| row.iter().copied().chain([0.0; 12]));
     let twin: Vec<f64> = padded.collect();
-    assert_close::<B>(&b.download(act(1, m, 32)).unwrap(), &twin, "swiglu");
+    assert_close::<B>(&b.download(output).unwrap(), &twin, "swiglu");
 }
 
 fn rms_norm<B: TestBackend>() {
@@ -111,9 +114,10 @@ fn rms_norm<B: TestBackend>() {
     x[..hidden].iter_mut().for_each(|x| *x *= 1e-3);
     x[hidden..2 * hidden].iter_mut().for_each(|x| *x *= 1e3);
     set(&mut b, act(0, m, hidden), &x);
-    b.rms_norm(act(0, m, hidden), &norm, act(1, m, hidden)).unwrap();
+    let output = native(&b, 1, m, hidden);
+    b.rms_norm(act(0, m, hidden), &norm, output).unwrap();
     let twin = twin_norm(&wide(&x), &weight);
-    assert_close::<B>(&b.download(act(1, m, hidden)).unwrap(), &twin, "norm");
+    assert_close::<B>(&b.download(output).unwrap(), &twin, "norm");
 }
 
 /// The inputs of a linear are cut over ranks, unevenly and with padding; the bias counts once.
@@ -143,11 +147,12 @@ fn row_parallel_with_padding<B: TestBackend>() {
                     row[cols.clone()].iter().copied().chain(std::iter::repeat_n(0.0, zeros))
                 })
                 .collect();
-            let (input, residual) = (act(0, m, padded), act(1, m, hidden));
+            let (input, residual) = (native(&b, 0, m, padded), act(1, m, hidden));
+            let output = native(&b, 2, m, hidden);
             set(&mut b, input, &local);
             set(&mut b, residual, &start);
-            b.row_parallel_add_norm(input, &linear, residual, &norm, act(2, m, hidden)).unwrap();
-            (b.download(residual).unwrap(), b.download(act(2, m, hidden)).unwrap())
+            b.row_parallel_add_norm(input, &linear, residual, &norm, output).unwrap();
+            (b.download(residual).unwrap(), b.download(output).unwrap())
         });
         let product = twin_linear(&wide(&x), &w, Some(&bias), k);
         let sum: Vec<f64> = product.iter().zip(&start).map(|(p, s)| p + f64::from(*s)).collect();
@@ -170,8 +175,9 @@ fn all_reduce_norm_sums_ranks<B: TestBackend>() {
             let norm = b.load_norm(&norm_spec("norm.weight", hidden), &weights).unwrap();
             set(&mut b, act(0, m, hidden), &shares[communicator.rank().index()]);
             b.set_communicator(Some(communicator)).unwrap();
-            b.all_reduce_norm(act(0, m, hidden), &norm, act(1, m, hidden)).unwrap();
-            (b.download(act(0, m, hidden)).unwrap(), b.download(act(1, m, hidden)).unwrap())
+            let output = native(&b, 1, m, hidden);
+            b.all_reduce_norm(act(0, m, hidden), &norm, output).unwrap();
+            (b.download(act(0, m, hidden)).unwrap(), b.download(output).unwrap())
         });
         let at = |i: usize| shares.iter().map(|share| f64::from(share[i])).sum();
         let sum: Vec<f64> = (0..m * hidden).map(at).collect();

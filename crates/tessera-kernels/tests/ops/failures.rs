@@ -87,7 +87,7 @@ fn unknown_slots_wide_views_and_overlaps_are_refused<B: TestBackend>() {
     assert!(matches!(error, KernelError::UnknownSlot(slot) if slot.0 == 9));
     let error = b.download(act(0, 513, 768)).unwrap_err();
     assert!(matches!(error, KernelError::SlotTooSmall { capacity: 393216, .. }));
-    let error = b.rms_norm(act(1, 2, 8), &norm, act(1, 2, 8)).unwrap_err();
+    let error = b.rms_norm(act(1, 2, 8), &norm, native(&b, 1, 2, 8)).unwrap_err();
     assert!(matches!(error, KernelError::SlotOverlap { .. }));
 }
 
@@ -108,8 +108,9 @@ fn tokens_and_blocks_outside_of_their_tables_are_refused<B: TestBackend>() {
     let mut kv = b.alloc_kv(&spec, 2).unwrap();
     inputs.slot_mapping[0] = 8;
     b.upload(&inputs).unwrap();
-    set(&mut b, act(0, 1, 24), &[0.5; 24]);
-    let error = b.rope_kv_write(act(0, 1, 24), &mut kv, 0).unwrap_err();
+    let qkv = native(&b, 0, 1, 24);
+    set(&mut b, qkv, &[0.5; 24]);
+    let error = b.rope_kv_write(qkv, &mut kv, 0).unwrap_err();
     assert!(matches!(error, KernelError::Input { field: "slot_mapping", .. }));
     inputs.zero_blocks = vec![BlockId(2)];
     b.upload(&inputs).unwrap();
@@ -156,7 +157,7 @@ fn a_new_epoch_starts_without_tokens_of_the_last<B: TestBackend>() {
     b.sample(act(0, 1, 8), &[row], &LateInputs::default()).unwrap();
     b.set_communicator(None).unwrap();
     let ticket = b.submit().unwrap();
-    assert_eq!(b.wait(ticket, std::time::Instant::now()).unwrap().tokens, []);
+    assert_eq!(b.wait(ticket, soon()).unwrap().tokens, []);
     let error = b.sample(act(0, 1, 8), &[row], &LateInputs::default()).unwrap_err();
     assert!(matches!(error, KernelError::VacantSlot { slot: SequenceSlot(1) }));
 }
@@ -166,5 +167,7 @@ fn layers_are_counted_where_another_thread_can_see_it<B: TestBackend>() {
     let progress = b.progress();
     b.layer_done();
     b.layer_done();
+    let ticket = b.submit().unwrap();
+    b.wait(ticket, soon()).unwrap();
     assert_eq!(std::thread::spawn(move || progress.count()).join().unwrap(), 2);
 }

@@ -1,6 +1,7 @@
 //! Random numbers, weights in memory, and a backend with a few planned slots.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use half::bf16;
 use tessera_collective::{Communicator, threads};
@@ -15,6 +16,10 @@ use tessera_types::Epoch;
 pub trait TestBackend {
     type Backend: Backend;
     fn make() -> Self::Backend;
+    /// Whether this machine has what the backend needs.
+    fn is_available() -> bool {
+        true
+    }
     /// Largest difference to the f64 twin, as a share of the twin's largest value.
     const TOLERANCE: f64;
 }
@@ -68,13 +73,66 @@ impl TestBackend for CpuPortable {
     const TOLERANCE: f64 = BF16_TOLERANCE;
 }
 
+/// The CUDA backend on the first GPU.
+#[cfg(feature = "cuda")]
+mod on_cuda {
+    use tessera_kernels::cuda::{self, CudaBackend, CudaOptions};
+    use tessera_kernels::{CudaError, CudaFormat};
+
+    use super::{BF16_TOLERANCE, F32_TOLERANCE, TestBackend};
+
+    fn make(format: CudaFormat) -> CudaBackend {
+        let deterministic = true;
+        CudaBackend::with_options(&CudaOptions { ordinal: 0, format, deterministic }).unwrap()
+    }
+
+    /// Anything but a driver that is not there is a failure.
+    fn has_driver() -> bool {
+        !matches!(cuda::check().driver, Err(CudaError::DriverMissing))
+    }
+
+    pub struct CudaF32;
+
+    impl TestBackend for CudaF32 {
+        type Backend = CudaBackend;
+        fn make() -> CudaBackend {
+            make(CudaFormat::F32)
+        }
+        fn is_available() -> bool {
+            has_driver()
+        }
+        const TOLERANCE: f64 = F32_TOLERANCE;
+    }
+
+    pub struct CudaBf16;
+
+    impl TestBackend for CudaBf16 {
+        type Backend = CudaBackend;
+        fn make() -> CudaBackend {
+            make(CudaFormat::Bf16)
+        }
+        fn is_available() -> bool {
+            has_driver()
+        }
+        const TOLERANCE: f64 = BF16_TOLERANCE;
+    }
+}
+#[cfg(feature = "cuda")]
+pub use on_cuda::{CudaBf16, CudaF32};
+
 /// Instantiates generic tests for every backend.
 macro_rules! backend_tests {
     (@$module:ident $backend:ident: $($test:ident),*) => {
         mod $module {
+            use crate::support::{$backend, TestBackend};
+
             $(#[test]
             fn $test() {
-                super::$test::<crate::support::$backend>();
+                if $backend::is_available() {
+                    super::$test::<$backend>();
+                } else {
+                    eprintln!("skipped: no NVIDIA driver on this machine");
+                }
             })*
         }
     };
@@ -83,6 +141,10 @@ macro_rules! backend_tests {
         backend_tests!(@cpu_f32 CpuF32: $($test),*);
         backend_tests!(@cpu_bf16 CpuBf16: $($test),*);
         backend_tests!(@cpu_portable CpuPortable: $($test),*);
+        #[cfg(feature = "cuda")]
+        backend_tests!(@cuda_f32 CudaF32: $($test),*);
+        #[cfg(feature = "cuda")]
+        backend_tests!(@cuda_bf16 CudaBf16: $($test),*);
     };
 }
 pub(crate) use backend_tests;
@@ -179,6 +241,16 @@ pub fn act(slot: u32, rows: usize, cols: usize) -> Act {
         dtype: DType::F32,
         kind: ActKind::Native,
     }
+}
+
+/// View of slot `slot` in the type that this backend's linears read.
+pub fn native<B: Backend>(b: &B, slot: u32, rows: usize, cols: usize) -> Act {
+    Act { dtype: b.caps().activation_dtype, ..act(slot, rows, cols) }
+}
+
+/// Time for a step to end.
+pub fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
 }
 
 pub const LIMITS: StepLimits = StepLimits {

@@ -32,7 +32,7 @@ fn rope_2d<B: TestBackend>() {
     let mut b = planned::<B>(LIMITS);
     let inputs = inputs(&[5, 4], &[9], &mut noise);
     b.upload_vision(&inputs).unwrap();
-    let qkv = act(0, 9, 3 * HIDDEN);
+    let qkv = native(&b, 0, 9, 3 * HIDDEN);
     let values = noise.values(qkv.len());
     set(&mut b, qkv, &values);
     b.rope_2d(qkv, HEADS).unwrap();
@@ -86,7 +86,7 @@ fn varlen_attention<B: TestBackend>() {
     // Tiny windows, a whole one, one beyond a tile of queries; two frames.
     let inputs = inputs(&[4, 64, 16, 8, 100, 12], &[92, 112], &mut noise);
     b.upload_vision(&inputs).unwrap();
-    let (qkv, out) = (act(0, 204, 3 * HIDDEN), act(1, 204, HIDDEN));
+    let (qkv, out) = (native(&b, 0, 204, 3 * HIDDEN), native(&b, 1, 204, HIDDEN));
     let values = noise.values(qkv.len());
     set(&mut b, qkv, &values);
     for (segments, cu) in [(Segments::Window, &inputs.cu_window), (Segments::Full, &inputs.cu_full)]
