@@ -215,19 +215,22 @@ __device__ __forceinline__ void tile_scores(
     }
 }
 
-/// Scores of positions that a row does not see become −∞. `first` is the tile's first position.
-template <typename S>
+/// Scores of positions that a row does not see become −∞. `first` is the tile's first position; `visible(row)` counts positions that
+/// a row of the tile sees, and is asked here, for few tiles have a masked entry and the counts would take registers from all.
+template <typename S, typename Visible>
 __device__ __forceinline__ void mask_scores(
-    const TilePlace<S>& place, int first, const int (&visible)[S::M_TILES][2], float (&scores)[S::M_TILES][S::SCORE_TILES][4]
+    const TilePlace<S>& place, int first, Visible visible, float (&scores)[S::M_TILES][S::SCORE_TILES][4]
 ) {
     const int column = first + place.key_warp * S::SCORE_TILES * 8 + 2 * (place.lane % 4);
 #pragma unroll
     for (int m = 0; m < S::M_TILES; m++) {
 #pragma unroll
-        for (int n = 0; n < S::SCORE_TILES; n++) {
+        for (int half = 0; half < 2; half++) {
+            const int seen = visible(place.row(m, half)) - column;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (column + 8 * n + i % 2 >= visible[m][i / 2]) scores[m][n][i] = NEGATIVE_INFINITY;
+            for (int n = 0; n < S::SCORE_TILES; n++) {
+                if (8 * n >= seen) scores[m][n][2 * half] = NEGATIVE_INFINITY;
+                if (8 * n + 1 >= seen) scores[m][n][2 * half + 1] = NEGATIVE_INFINITY;
             }
         }
     }
@@ -369,10 +372,10 @@ __device__ __forceinline__ void add_values(
 }
 
 /// One tile of keys and values that lies in shared memory. `masked` says whether some row does not see all of it.
-template <typename S>
+template <typename S, typename Visible>
 __device__ __forceinline__ void attend_tile(
-    const TilePlace<S>& place, const TileQueries<S>& queries, int stage, int first, bool masked, const int (&visible)[S::M_TILES][2],
-    float scale, TileState<S>& state
+    const TilePlace<S>& place, const TileQueries<S>& queries, int stage, int first, bool masked, Visible visible, float scale,
+    TileState<S>& state
 ) {
     float scores[S::M_TILES][S::SCORE_TILES][4];
     tile_scores<S>(place, queries, place.keys(stage), scores);

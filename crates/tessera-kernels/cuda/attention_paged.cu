@@ -56,35 +56,44 @@ struct PagedTiles {
         end = end_;
     }
 
+    __device__ __forceinline__ uint32_t block_of(int position) const { return position < end ? block_table[position / block_size] : 0; }
+
     __device__ __forceinline__ void fetch(int tile) {
 #pragma unroll
-        for (int i = 0; i < TILE_KEYS / 16; i++) {
-            const int position = tile * TILE_KEYS + 16 * i;
-            blocks[i] = position < end ? block_table[position / block_size] : 0;
-        }
+        for (int i = 0; i < TILE_KEYS / 16; i++) blocks[i] = block_of(tile * TILE_KEYS + 16 * i);
     }
 
-    /// Starts the copies of the tile that was fetched; positions from the end on become zeroes, for 0 · NaN is no 0.
+    /// Starts the copies of the tile that was fetched.
+    template <typename S>
+    __device__ __forceinline__ void load_fetched(const TilePlace<S>& place, int tile, int stage) const {
+#pragma unroll
+        for (int i = 0; i < TILE_KEYS / 16; i++) load_sixteen<S>(place, tile, stage, i, blocks[i]);
+    }
+
+    /// Starts the copies of a tile.
     template <typename S>
     __device__ __forceinline__ void load(const TilePlace<S>& place, int tile, int stage) const {
+#pragma unroll 1
+        for (int i = 0; i < TILE_KEYS / 16; i++) load_sixteen<S>(place, tile, stage, i, block_of(tile * TILE_KEYS + 16 * i));
+    }
+
+    /// Starts the copies of sixteen positions, which lie in one block; those from the end on become zeroes, for 0 · NaN is no 0.
+    template <typename S>
+    __device__ __forceinline__ void load_sixteen(const TilePlace<S>& place, int tile, int stage, int index, uint32_t block) const {
         constexpr int KEYS_AT_ONCE = S::THREADS / S::PIECES;
         static_assert(16 % KEYS_AT_ONCE == 0, "a thread's keys cover each sixteen alike");
         const int thread = static_cast<int>(threadIdx.x), piece = thread % S::PIECES * 8;
-        bf16* keys = place.keys(stage) + piece;
-        bf16* values = place.values(stage) + piece;
+        const int first = tile * TILE_KEYS + 16 * index;
+        bf16* keys = place.keys(stage) + 16 * index * S::STRIDE + piece;
+        bf16* values = place.values(stage) + 16 * index * S::STRIDE + piece;
+        const int64_t corner = static_cast<int64_t>(block) * block_elements + first % block_size * PAGED_DIM;
 #pragma unroll
-        for (int i = 0; i < TILE_KEYS / 16; i++) {
-            const int sixteen = tile * TILE_KEYS + 16 * i;
-            const int64_t block = static_cast<int64_t>(blocks[i]) * block_elements + sixteen % block_size * PAGED_DIM;
-#pragma unroll
-            for (int j = 0; j < 16; j += KEYS_AT_ONCE) {
-                const int key = j + thread / S::PIECES;
-                const bool valid = sixteen + key < end;
-                const int64_t from = valid ? block + key * PAGED_DIM + piece : 0;
-                const int to = (16 * i + key) * S::STRIDE;
-                cp_async_16(keys + to, k_head + from, valid);
-                cp_async_16(values + to, v_head + from, valid);
-            }
+        for (int j = 0; j < 16; j += KEYS_AT_ONCE) {
+            const int key = j + thread / S::PIECES;
+            const bool valid = first + key < end;
+            const int64_t from = valid ? corner + key * PAGED_DIM + piece : 0;
+            cp_async_16(keys + key * S::STRIDE, k_head + from, valid);
+            cp_async_16(values + key * S::STRIDE, v_head + from, valid);
         }
     }
 };
@@ -178,6 +187,8 @@ __device__ __forceinline__ void merge_total(const float4* total, TileState<S>& s
 /// One item for one KV head.
 template <typename S>
 __device__ __forceinline__ void attend_item(const TilePlace<S>& place, const PagedArgs& args, const PlanItem& item, int head) {
+    // Where memory is what takes time, block ids are asked for a tile early; large tiles have no registers for that.
+    constexpr bool FETCHES_AHEAD = S::M_TILES == 1;
     const PagedRows rows(item, args.group, head);
     const int last_row = min(rows.num_rows, S::ROWS) - 1;
     const int end = min(rows.visible_to(last_row), static_cast<int>(item.end_chunk) * CHUNK_KEYS);
@@ -189,23 +200,14 @@ __device__ __forceinline__ void attend_item(const TilePlace<S>& place, const Pag
 #pragma unroll
     for (int stage = 0; stage < S::STAGES - 1; stage++) {
         if (first_tile + stage < end_tile) {
-            tiles.fetch(first_tile + stage);
             tiles.template load<S>(place, first_tile + stage, stage);
         }
         cp_async_commit();
     }
-    tiles.fetch(first_tile + S::STAGES - 1);
+    if constexpr (FETCHES_AHEAD) tiles.fetch(first_tile + S::STAGES - 1);
 
-    int visible[S::M_TILES][2];
-#pragma unroll
-    for (int m = 0; m < S::M_TILES; m++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = place.row(m, half);
-            visible[m][half] = row <= last_row ? rows.visible_to(row) : 0;
-        }
-    }
-    // Rows that pad the tile see nothing; nobody reads them, so they need no mask.
+    const auto visible = [&](int row) { return rows.visible_to(row); };
+    // The least that a row sees. Rows that pad the tile compute with zeroes what nobody reads.
     const int all_see = rows.visible_to(0);
     TileQueries<S> queries;
     TileState<S> state;
@@ -217,9 +219,16 @@ __device__ __forceinline__ void attend_item(const TilePlace<S>& place, const Pag
         __syncthreads();
         if (tile == first_tile) take_queries<S>(place, queries);
         const int ahead = tile + S::STAGES - 1;
-        if (ahead < end_tile) tiles.template load<S>(place, ahead, stage == 0 ? S::STAGES - 1 : stage - 1);
+        if (ahead < end_tile) {
+            const int free_stage = stage == 0 ? S::STAGES - 1 : stage - 1;
+            if constexpr (FETCHES_AHEAD) {
+                tiles.template load_fetched<S>(place, ahead, free_stage);
+            } else {
+                tiles.template load<S>(place, ahead, free_stage);
+            }
+        }
         cp_async_commit();
-        tiles.fetch(ahead + 1);
+        if constexpr (FETCHES_AHEAD) tiles.fetch(ahead + 1);
         attend_tile<S>(place, queries, stage, tile * TILE_KEYS, (tile + 1) * TILE_KEYS > all_see, visible, args.scale, state);
         stage = stage + 1 == S::STAGES ? 0 : stage + 1;
 
