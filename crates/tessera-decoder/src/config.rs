@@ -38,6 +38,8 @@ pub struct DecoderConfig {
     pub device: String,
     /// Threads of each rank on a CPU device; 0: the cores divided by the ranks of this process.
     pub threads: usize,
+    /// On GPUs: a sequence gets the same bits in every batch, at some cost in speed. CPU devices always give them.
+    pub deterministic: bool,
     /// Directory of the slot's lock, shared by successive processes of a slot on one host. Holding it, a
     /// new process takes its predecessor's place without waiting for the lease to expire. Empty: no lock.
     pub state_dir: PathBuf,
@@ -112,6 +114,7 @@ impl Default for DecoderConfig {
             ranks_per_process: 1,
             device: Device::default().to_string(),
             threads: 0,
+            deterministic: false,
             state_dir: PathBuf::new(),
             block_size: 16,
             kv_cache_bytes: 0,

@@ -126,9 +126,9 @@ fn load_ranks(
             LocalRanks::load_observed(specs, make_backend, &mut observe)
         }
         Device::Cuda(device) => {
-            let first = config.first_rank();
+            let (first, deterministic) = (config.first_rank(), config.deterministic);
             let make_backend =
-                move |rank: Rank| cuda::open(device.format, device.ordinal(local(rank, first)));
+                move |rank: Rank| cuda::open(&device.options(local(rank, first), deterministic));
             LocalRanks::load_observed(specs, make_backend, &mut observe)
         }
     };

@@ -25,6 +25,8 @@ pub struct EncoderConfig {
     /// What computes: `reference` (f32, slow), `cpu` (SIMD, BF16 weights), `cpu-f32`, `cuda` (an NVIDIA GPU, BF16) or
     /// `cuda-f32`; `cuda:1` chooses the GPU.
     pub device: String,
+    /// On a GPU: an item gets the same bits in every batch, at some cost in speed. CPU devices always give them.
+    pub deterministic: bool,
     /// Threads of the vision tower on a CPU device; 0: all cores.
     pub threads: usize,
     /// Embeddings kept, in bytes of f32 values.
@@ -68,6 +70,7 @@ impl Default for EncoderConfig {
             advertise: None,
             admin: AdminConfig::default(),
             device: Device::default().to_string(),
+            deterministic: false,
             threads: 0,
             cache_bytes: 1 << 30,
             max_media_bytes: 512 << 20,

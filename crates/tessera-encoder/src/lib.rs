@@ -44,6 +44,7 @@ pub use crate::error::EncoderError;
 use crate::member::Member;
 use crate::metrics::EncoderMetrics;
 use crate::service::EncoderService;
+use crate::tower::Compute;
 use crate::vision::VisionHandle;
 
 /// How often a draining encoder looks whether everything was pulled.
@@ -75,10 +76,14 @@ pub async fn run(
         .map_err(|error| EncoderError::Model(error.into()))?;
     let processor = ProcessorConfig::load(&source.directory)
         .map_err(|error| EncoderError::Model(error.into()))?;
-    let (device, threads) = (config.parse_device()?, config.threads);
-    let identity = tower::identify(&model, &source.weights, device)?;
+    let compute = Compute {
+        device: config.parse_device()?,
+        threads: config.threads,
+        deterministic: config.deterministic,
+    };
+    let identity = tower::identify(&model, &source.weights, compute)?;
     let max_patches = config.max_batch_patches;
-    let load = move || tower::load(&model, &source.weights, max_patches, device, threads);
+    let load = move || tower::load(&model, &source.weights, max_patches, compute);
     let vision = VisionHandle::start(load, max_patches, metrics.clone()).await?;
     warm_up(&config, &vision, &processor).await?;
     let service = EncoderService::new(config.clone(), identity, processor.recipe, vision, metrics);

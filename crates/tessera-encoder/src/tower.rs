@@ -33,6 +33,16 @@ fn model_error(error: impl Into<Box<dyn Error + Send + Sync>>) -> EncoderError {
     EncoderError::Model(error.into())
 }
 
+/// What the tower runs on.
+#[derive(Debug, Clone, Copy)]
+pub struct Compute {
+    pub device: Device,
+    /// On a CPU device; 0 takes all cores.
+    pub threads: usize,
+    /// On a GPU.
+    pub deterministic: bool,
+}
+
 /// Reads headers and hashes what tells checkpoints apart; loads no weights.
 ///
 /// # Errors
@@ -40,16 +50,16 @@ fn model_error(error: impl Into<Box<dyn Error + Send + Sync>>) -> EncoderError {
 pub fn identify(
     config: &ModelConfig,
     weights: &WeightSource,
-    device: Device,
+    compute: Compute,
 ) -> Result<Identity, EncoderError> {
     let weights = Weights::open(weights, config).map_err(model_error)?;
-    let numerics = match device {
+    let numerics = match compute.device {
         Device::Reference => vision_numerics(ReferenceBackend::new().caps()),
         // The number of threads changes no bits.
         Device::Cpu(format) => {
             vision_numerics(CpuBackend::new(1, format).map_err(model_error)?.caps())
         }
-        Device::Cuda(device) => vision_numerics(open(device)?.caps()),
+        Device::Cuda(device) => vision_numerics(open(device, compute.deterministic)?.caps()),
     };
     Ok(Identity {
         vision_fingerprint: weights.vision_fingerprint(config).map_err(model_error)?,
@@ -58,7 +68,7 @@ pub fn identify(
     })
 }
 
-/// Loads the tower on a device; `threads` 0 takes all cores.
+/// Loads the tower.
 ///
 /// # Errors
 /// A tensor that is missing, misshapen or unreadable, by file and name; threads that do not start.
@@ -66,24 +76,25 @@ pub fn load(
     config: &ModelConfig,
     weights: &WeightSource,
     max_patches: u32,
-    device: Device,
-    threads: usize,
+    compute: Compute,
 ) -> Result<Box<dyn VisionEncoder>, EncoderError> {
-    match device {
+    match compute.device {
         Device::Reference => load_on(ReferenceBackend::new(), config, weights, max_patches),
         Device::Cpu(format) => {
             let all = || std::thread::available_parallelism().map_or(1, usize::from);
-            let threads = if threads == 0 { all() } else { threads };
+            let threads = if compute.threads == 0 { all() } else { compute.threads };
             let backend = CpuBackend::new(threads, format).map_err(model_error)?;
             load_on(backend, config, weights, max_patches)
         }
-        Device::Cuda(device) => load_on(open(device)?, config, weights, max_patches),
+        Device::Cuda(device) => {
+            load_on(open(device, compute.deterministic)?, config, weights, max_patches)
+        }
     }
 }
 
 /// Opens the encoder's GPU.
-fn open(device: CudaDevice) -> Result<cuda::CudaBackend, EncoderError> {
-    cuda::open(device.format, device.ordinal(0)).map_err(model_error)
+fn open(device: CudaDevice, deterministic: bool) -> Result<cuda::CudaBackend, EncoderError> {
+    cuda::open(&device.options(0, deterministic)).map_err(model_error)
 }
 
 fn load_on<B: Backend>(

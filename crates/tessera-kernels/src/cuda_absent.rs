@@ -2,7 +2,7 @@
 
 use crate::cuda_check::{CudaCheck, KernelFile};
 use crate::cuda_error::CudaError;
-use crate::device::CudaFormat;
+use crate::device::{CudaFormat, CudaOptions};
 use crate::error::{KernelError, Result};
 
 /// No value of it is ever made, so any backend will do as its type.
@@ -16,7 +16,7 @@ fn absent<T>() -> Result<T> {
 ///
 /// # Errors
 /// Always [`CudaError::NotBuilt`].
-pub fn open(_format: CudaFormat, _ordinal: u32) -> Result<CudaBackend> {
+pub fn open(_options: &CudaOptions) -> Result<CudaBackend> {
     absent()
 }
 

@@ -24,6 +24,16 @@ pub enum CudaFormat {
     F32,
 }
 
+/// How one rank computes on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Number of the GPU, in the driver's order.
+    pub ordinal: u32,
+    pub format: CudaFormat,
+    /// Rows have the same bits in every batch, at some cost in speed.
+    pub deterministic: bool,
+}
+
 /// Most GPUs that a name lists: more than one machine has.
 const MAX_GPUS: usize = 16;
 
@@ -53,6 +63,11 @@ impl CudaDevice {
             [] => u32::try_from(index).unwrap_or(u32::MAX),
             listed => listed[index % listed.len()].into(),
         }
+    }
+
+    /// How the process's rank `index` computes.
+    pub fn options(&self, index: usize, deterministic: bool) -> CudaOptions {
+        CudaOptions { ordinal: self.ordinal(index), format: self.format, deterministic }
     }
 
     /// Reads what follows the backend's name: nothing, or a colon and numbers.

@@ -41,7 +41,7 @@ pub use backend::{
 pub use cpu::{CpuBackend, CpuFormat};
 pub use cuda_check::{CudaCheck, CudaLibrary, GpuInfo, KernelFile, KernelResources};
 pub use cuda_error::{CudaError, CudaVersion};
-pub use device::{CudaDevice, CudaFormat, Device, UnknownDevice};
+pub use device::{CudaDevice, CudaFormat, CudaOptions, Device, UnknownDevice};
 pub use error::{KernelError, Result, WeightError};
 pub use inputs::{
     HostRows, MemoryReport, Readback, SampleRow, SamplerSequence, ScoreRow, StepInputs, StepLimits,

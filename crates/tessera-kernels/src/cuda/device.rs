@@ -154,10 +154,6 @@ impl Gpu {
         self.context.bind().map_err(failed("bind"))
     }
 
-    pub(super) fn context(&self) -> &Arc<Context> {
-        &self.context
-    }
-
     /// Begins a launch of the kernel `name`. A name that no kernel has is a programmer's error and panics.
     pub(crate) fn launch(&self, name: &'static str) -> Launch<'_> {
         Launch::new(self, name, self.modules.function(name))
@@ -241,11 +237,6 @@ impl Gpu {
         // SAFETY: the stream lives as long as this value.
         let done = unsafe { result::stream::synchronize(self.stream.raw) };
         check("cuStreamSynchronize", done).map_err(failed("synchronize"))
-    }
-
-    /// Free and total bytes of the GPU's memory, whoever uses it.
-    pub(crate) fn memory(&self) -> Result<(usize, usize)> {
-        self.context.memory().map_err(failed("memory"))
     }
 
     /// From here on what is enqueued is not run but kept, until [`Gpu::end_capture`].

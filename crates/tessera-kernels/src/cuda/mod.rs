@@ -5,7 +5,7 @@
 //!
 //! The backend: `rank` (its state, steps as a whole), `backend` (the operations), `slots`, `step` and `uploaded` (a step's
 //! inputs), `staging`, `scratch`, `linear` and `norm` (weights), `gemm` (products), `kv`, `graph` (captured steps),
-//! `collective`, `host_sampler`, `layer_counter`; the launches of own kernels: `elements`, `attention`.
+//! `collective`, `host_sampler`, `layer_counter`; `limits` measures a GPU; the launches of own kernels: `elements`, `attention`.
 //!
 //! | what | [`CudaFormat::Bf16`](crate::CudaFormat) | [`CudaFormat::F32`](crate::CudaFormat) |
 //! |---|---|---|
@@ -27,6 +27,7 @@ mod host_sampler;
 mod kv;
 mod layer_counter;
 mod library;
+mod limits;
 mod linear;
 mod memory;
 mod module;
@@ -43,10 +44,20 @@ use self::device::DevicePtr;
 pub use self::device::{check_machine as check, memory};
 pub use self::kv::CudaKv;
 pub(crate) use self::layer_counter::LayerCounter;
+pub use self::limits::GpuLimits;
 pub use self::linear::CudaLinear;
 pub use self::module::kernels;
 pub use self::norm::CudaNorm;
-pub use self::rank::{CudaBackend, CudaOptions, CudaTicket};
+pub use self::rank::{CudaBackend, CudaTicket};
+pub use crate::device::CudaOptions;
+
+/// Opens a GPU for one rank.
+///
+/// # Errors
+/// No driver or library, or too old a one; no such GPU; too little memory.
+pub fn open(options: &CudaOptions) -> crate::error::Result<CudaBackend> {
+    CudaBackend::with_options(options)
+}
 
 /// Name in [`Caps`](crate::Caps), logs and errors.
 const NAME: &str = "cuda";

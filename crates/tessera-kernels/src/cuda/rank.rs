@@ -23,7 +23,7 @@ use super::uploaded::Uploaded;
 use super::{DevicePtr, NAME, attention};
 use crate::act::{DType, SlotSpec};
 use crate::backend::{Caps, GraphKey, HeadShape, StepKind};
-use crate::device::CudaFormat;
+use crate::device::{CudaFormat, CudaOptions};
 use crate::error::{KernelError, Result};
 use crate::inputs::{MemoryReport, Readback, StepLimits};
 use crate::progress::Progress;
@@ -31,20 +31,6 @@ use crate::reference::expect;
 
 /// Pinned memory for rows that the host writes and reads: two buffers of this size.
 const STAGING_BYTES: usize = 8 << 20;
-/// Memory that is left free beside the KV cache: captured graphs, two initialisations of a communicator on the
-/// device, and what the driver takes for itself.
-const RESERVE_BYTES: usize = 2 << 30;
-
-/// How a rank computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CudaOptions {
-    /// Number of the GPU, in the driver's order.
-    pub ordinal: u32,
-    pub format: CudaFormat,
-    /// Rows have the same bits in every batch, at some cost in speed.
-    pub deterministic: bool,
-}
-
 /// A submitted step.
 #[derive(Debug)]
 pub struct CudaTicket {
@@ -137,15 +123,6 @@ impl CudaBackend {
             layers,
             gpu,
         })
-    }
-
-    /// Bytes of the GPU that a KV cache may take now: what is free, less what other things still need.
-    ///
-    /// # Errors
-    /// What the device reports.
-    pub fn free_for_kv_bytes(&self) -> Result<u64> {
-        let (free, _) = self.gpu.memory()?;
-        Ok(free.saturating_sub(RESERVE_BYTES) as u64)
     }
 
     pub(super) fn plan_memory(

@@ -245,7 +245,7 @@ fn load_ranks(plan: &Plan) -> Result<LocalRanks, BenchError> {
         Device::Reference => LocalRanks::load(specs, |_| Ok(ReferenceBackend::new()))?,
         Device::Cpu(format) => LocalRanks::load(specs, move |_| CpuBackend::new(threads, format))?,
         Device::Cuda(device) => LocalRanks::load(specs, move |rank: Rank| {
-            cuda::open(device.format, device.ordinal(rank.0 as usize))
+            cuda::open(&device.options(rank.0 as usize, false))
         })?,
     })
 }

@@ -25,9 +25,7 @@ pub fn run(plan: &Plan, meter: &LimitMeter, report: &mut Report<'_>) -> Result<(
         Device::Cpu(format) => {
             run_on(CpuBackend::new(plan.total_threads(), format)?, plan, meter, report)
         }
-        Device::Cuda(device) => {
-            run_on(cuda::open(device.format, device.ordinal(0))?, plan, meter, report)
-        }
+        Device::Cuda(device) => run_on(cuda::open(&device.options(0, false))?, plan, meter, report),
     }
 }
 

@@ -39,7 +39,7 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
             run_groups(&plan, &meter, &move || CpuBackend::new(threads, format), &mut report)?;
         }
         Device::Cuda(device) => {
-            let make = move || cuda::open(device.format, device.ordinal(0));
+            let make = move || cuda::open(&device.options(0, false));
             run_groups(&plan, &meter, &make, &mut report)?;
         }
     }
