@@ -4,6 +4,7 @@
 pub mod checkpoint;
 pub mod fixture;
 pub mod generate;
+pub mod parity;
 pub mod rank;
 pub mod steps;
 
