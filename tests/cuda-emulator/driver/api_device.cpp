@@ -117,7 +117,7 @@ API cuDevicePrimaryCtxRetain(void** context, int device) {
     if (primary.references++ == 0) {
         primary.device = device;
         primary.error = SUCCESS;
-        primary.default_stream = std::make_unique<Stream>(&primary);
+        primary.default_stream = std::make_shared<Stream>(&primary);
     }
     *context = &primary;
     return SUCCESS;

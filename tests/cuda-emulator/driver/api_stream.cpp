@@ -17,7 +17,9 @@ API cuStreamCreate(void** stream, unsigned) {
     if (status != SUCCESS) return status;
     Context* context = current_context();
     const std::lock_guard<std::mutex> lock(context->mutex);
-    *stream = *context->streams.insert(new Stream(context)).first;
+    const auto made = std::make_shared<Stream>(context);
+    context->streams[made.get()] = made;
+    *stream = made.get();
     return SUCCESS;
 }
 
@@ -29,9 +31,9 @@ API cuStreamDestroy_v2(void* handle) {
     Stream* stream = static_cast<Stream*>(handle);
     if (stream == nullptr) return INVALID_HANDLE;
     stream->drain();
-    const std::lock_guard<std::mutex> lock(stream->context->mutex);
-    stream->context->streams.erase(stream);
-    delete stream;
+    Context* context = stream->context;
+    const std::lock_guard<std::mutex> lock(context->mutex);
+    context->streams.erase(stream);
     return SUCCESS;
 }
 

@@ -17,6 +17,8 @@ constexpr size_t LOOKED_AT = 256;
 constexpr unsigned char POISON = 0xff;
 /// Of a larger allocation only so much is poisoned at both ends.
 constexpr size_t POISONED_BYTES = 32 << 20;
+/// From here on huge pages save more time than they waste.
+constexpr size_t HUGE_BYTES = 4 << 20;
 
 static unsigned char canary_block[PAGE];
 
@@ -50,6 +52,7 @@ Status Memory::allocate(int device, size_t bytes, void** start) {
     if (mapping == MAP_FAILED) return OUT_OF_MEMORY;
     unsigned char* first = static_cast<unsigned char*>(mapping);
     mprotect(first + body, PAGE, PROT_NONE);
+    if (bytes >= HUGE_BYTES) madvise(mapping, body, MADV_HUGEPAGE);
     unsigned char* begin = first + body - rounded;
     std::memset(begin - LOOKED_AT, 0xa5, LOOKED_AT);
     std::memset(begin + bytes, 0xa5, rounded - bytes);

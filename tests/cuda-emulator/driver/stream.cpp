@@ -32,15 +32,29 @@ Status begin_synchronous_call() {
 }
 
 void Context::drain() {
-    std::vector<Stream*> all;
+    // Other threads may destroy their streams meanwhile.
+    std::vector<std::shared_ptr<Stream>> all;
     {
         const std::lock_guard<std::mutex> lock(mutex);
-        all.assign(streams.begin(), streams.end());
+        all.push_back(default_stream);
+        for (const auto& [_, stream] : streams) all.push_back(stream);
     }
-    if (default_stream != nullptr) default_stream->drain();
-    for (Stream* stream : all) {
-        if (!stream->is_capturing()) stream->drain();
-    }
+    for (const std::shared_ptr<Stream>& stream : all) stream->drain();
+}
+
+bool Stream::is_capturing() const {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    return capture_ != nullptr;
+}
+
+bool Stream::is_invalidated() const {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    return invalidated_;
+}
+
+void Stream::invalidate() {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    invalidated_ = true;
 }
 
 Status Stream::enqueue(Operation operation) {
@@ -67,6 +81,7 @@ Status Stream::drain(const Mark* until) {
 }
 
 Status Stream::begin_capture() {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
     if (capture_ != nullptr || capturing != nullptr) return STREAM_CAPTURE_UNSUPPORTED;
     drain();
     capture_ = std::make_shared<Graph>();
@@ -76,6 +91,7 @@ Status Stream::begin_capture() {
 }
 
 Status Stream::end_capture(std::shared_ptr<Graph>* graph) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
     if (capture_ == nullptr) return INVALID_VALUE;
     if (capturing != this) return STREAM_CAPTURE_WRONG_THREAD;
     capturing = nullptr;

@@ -9,9 +9,9 @@
 #include <chrono>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <thread>
 #include <vector>
 
@@ -29,8 +29,8 @@ struct Context {
     /// What every later call answers once something failed on the device.
     std::atomic<Status> error = SUCCESS;
     std::mutex mutex;
-    std::set<Stream*> streams;
-    std::unique_ptr<Stream> default_stream;
+    std::map<Stream*, std::shared_ptr<Stream>> streams;
+    std::shared_ptr<Stream> default_stream;
 
     /// Runs what waits in all streams.
     void drain();
@@ -67,16 +67,16 @@ struct Stream {
 
     Status begin_capture();
     Status end_capture(std::shared_ptr<Graph>* graph);
-    bool is_capturing() const { return capture_ != nullptr; }
-    bool is_invalidated() const { return invalidated_; }
+    bool is_capturing() const;
+    bool is_invalidated() const;
     /// A call that no capture survives.
-    void invalidate() { invalidated_ = true; }
+    void invalidate();
 
     /// Work that never ends was started.
     std::atomic<bool> stalled = false;
 
   private:
-    std::recursive_mutex mutex_;
+    mutable std::recursive_mutex mutex_;
     std::deque<Operation> pending_;
     std::shared_ptr<Graph> capture_;
     bool invalidated_ = false;

@@ -167,8 +167,9 @@ TEST(writes_beside_an_allocation_end_with_a_message) {
     CHECK(harness::message_of_death([&] { load_vector(16); }).empty());
 }
 
-TEST(two_threads_with_a_device_each) {
-    const auto work = [](int ordinal) {
+TEST(threads_share_devices) {
+    const auto work = [](int index) {
+        const int ordinal = index % 2;
         const Gpu gpu(ordinal);
         const Address x = gpu.alloc(4 * 1000);
         float* host = gpu.pinned<float>(1000);
@@ -178,9 +179,9 @@ TEST(two_threads_with_a_device_each) {
         gpu.synchronize();
         for (int i = 0; i < 1000; i++) CHECK(host[i] == 200.0f * static_cast<float>(ordinal + 1));
     };
-    std::thread first(work, 0), second(work, 1);
-    first.join();
-    second.join();
+    std::vector<std::thread> threads;
+    for (int index = 0; index < 6; index++) threads.emplace_back(work, index);
+    for (std::thread& thread : threads) thread.join();
 }
 
 // --- Injected errors: settings are read once, so each case is a process of its own. ---
