@@ -3,6 +3,7 @@
 
 mod etcd_outage;
 mod frozen;
+mod gating;
 mod killed_processes;
 mod observed;
 mod spares;

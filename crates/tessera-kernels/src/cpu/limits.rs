@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::compute::{Compute, part_of};
 use super::isa::{Isa, Path, Task};
-use super::memory::Buffer;
+use super::memory::{Buffer, SharedOut};
 use super::word::{CpuFormat, Pairs, Singles, Word};
 use crate::error::Result;
 
@@ -43,6 +43,30 @@ impl CpuLimits {
             self.compute.path.dispatch(Read { data });
         });
         size_of_val(&*self.data) as f64 / start.elapsed().as_secs_f64()
+    }
+
+    /// Bytes per second at which the system hands out new, cleared memory to all threads: what loading
+    /// weights cannot be faster than.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new_memory_bytes_per_second(&self) -> Result<f64> {
+        /// Words of the smallest page.
+        const PAGE_WORDS: usize = 1024;
+        let mut fresh = Buffer::<u32>::zeroed(self.data.len())?;
+        let parts = self.compute.parts(fresh.len());
+        let (len, bytes) = (fresh.len(), size_of_val(&*fresh));
+        let out = SharedOut::new(&mut fresh);
+        let start = Instant::now();
+        self.compute.pool.run(parts, &|_, part| {
+            let range = part_of(len, parts, part);
+            // SAFETY: parts are disjoint.
+            #[allow(unsafe_code)]
+            let words = unsafe { out.slice(range.start, range.len()) };
+            words.iter_mut().step_by(PAGE_WORDS).for_each(|word| *word = 1);
+        });
+        black_box(&mut fresh);
+        Ok(bytes as f64 / start.elapsed().as_secs_f64())
     }
 
     /// Floating point operations per second of multiplying and adding in registers, for about `time`.
@@ -138,6 +162,7 @@ mod tests {
                 let measured =
                     [limits.read_bytes_per_second(), limits.multiply_flops(Duration::ZERO)];
                 assert!(measured[0] > 0.0 && measured[1] >= 0.0, "{path:?} {format:?}");
+                assert!(limits.new_memory_bytes_per_second().unwrap() > 0.0);
             }
         }
     }
