@@ -20,7 +20,26 @@ const FORMATS: [CpuFormat; 2] = [CpuFormat::Bf16, CpuFormat::F32];
 /// Runs steps on one backend.
 type Runner<'a> = &'a dyn Fn(&[Sequence], &[Step]) -> Bits;
 
-/// Calls `check` for the reference backend and for both formats of the CPU backend.
+/// The CUDA backend as it computes in deterministic mode, in both formats, where there is a driver.
+#[cfg(feature = "cuda")]
+mod on_cuda {
+    use tessera_kernels::cuda::{self, CudaBackend};
+    use tessera_kernels::{CudaError, CudaFormat, CudaOptions};
+
+    pub fn formats() -> Vec<CudaFormat> {
+        match cuda::check().driver {
+            Err(CudaError::DriverMissing) => Vec::new(),
+            _ => vec![CudaFormat::Bf16, CudaFormat::F32],
+        }
+    }
+
+    pub fn backend(format: CudaFormat) -> CudaBackend {
+        let options = CudaOptions { ordinal: 0, format, deterministic: true };
+        cuda::open(&options).unwrap()
+    }
+}
+
+/// Calls `check` for the reference backend and for both formats of the others.
 fn on_every_backend(check: impl Fn(&str, Runner<'_>)) {
     let fixture = Fixture::open("tiny");
     let (config, source) = (&fixture.config, fixture.source());
@@ -30,6 +49,13 @@ fn on_every_backend(check: impl Fn(&str, Runner<'_>)) {
     for format in FORMATS {
         check(&format!("cpu {format:?}"), &|sequences, steps| {
             let backend = move || CpuBackend::new(1, format).unwrap();
+            run(backend, config, &source, RANKS, sequences, steps)
+        });
+    }
+    #[cfg(feature = "cuda")]
+    for format in on_cuda::formats() {
+        check(&format!("cuda {format:?}"), &|sequences, steps| {
+            let backend = move || on_cuda::backend(format);
             run(backend, config, &source, RANKS, sequences, steps)
         });
     }
@@ -221,5 +247,9 @@ fn vit_item_alone_and_packed() {
             let name = format!("cpu {format:?} on {threads} threads");
             check_items(&name, || CpuBackend::new(threads, format).unwrap());
         }
+    }
+    #[cfg(feature = "cuda")]
+    for format in on_cuda::formats() {
+        check_items(&format!("cuda {format:?}"), || on_cuda::backend(format));
     }
 }

@@ -8,6 +8,7 @@ use crate::support::*;
 backend_tests!(
     paged_attention_equals_plain_attention,
     a_row_has_the_same_bits_in_any_batch_chunk_and_block,
+    a_long_prompt_has_the_same_bits_in_any_chunks,
     copied_and_zeroed_blocks,
 );
 
@@ -97,6 +98,11 @@ fn rotate(head: &[f32], position: [i32; 3], shape: &Shape) -> Vec<f64> {
 
 /// Plain causal attention over a whole sequence, `[len, query_heads · dim]`.
 fn twin(sequence: &Sequence, shape: &Shape) -> Vec<f64> {
+    twin_from(sequence, shape, 0)
+}
+
+/// Rows of [`twin`] from token `first` on.
+fn twin_from(sequence: &Sequence, shape: &Shape, first: usize) -> Vec<f64> {
     let Shape { query_heads, kv_heads, dim, .. } = *shape;
     let head =
         |token: usize, index: usize| &sequence.qkv[token * shape.cols() + index * dim..][..dim];
@@ -106,7 +112,7 @@ fn twin(sequence: &Sequence, shape: &Shape) -> Vec<f64> {
     let keys: Vec<Vec<Vec<f64>>> = (0..kv_heads)
         .map(|kv| (0..sequence.len()).map(|token| rotated(token, query_heads + kv)).collect())
         .collect();
-    for token in 0..sequence.len() {
+    for token in first..sequence.len() {
         for query_head in 0..query_heads {
             let kv = query_head / (query_heads / kv_heads);
             let query = rotated(token, query_head);
@@ -247,6 +253,34 @@ fn a_row_has_the_same_bits_in_any_batch_chunk_and_block<B: TestBackend>() {
     assert_eq!(run(1, &mut scattered(), false), whole, "token by token");
     assert_eq!(run(67, &mut (0..NUM_BLOCKS), false), whole, "other blocks and chunks");
     assert_eq!(run(41, &mut scattered(), true), whole, "with neighbours");
+}
+
+fn a_long_prompt_has_the_same_bits_in_any_chunks<B: TestBackend>() {
+    let shape = Shape { query_heads: 4, kv_heads: 1, dim: 128, block_size: 16, theta: 1e6 };
+    // Beyond the chunk of 1,024 positions whose partial results are merged.
+    let len = 1100;
+    let mut noise = Noise::new(13);
+    let mut sequence = Sequence::new(&shape, len, &mut scattered(), &mut noise);
+    let limits = tessera_kernels::StepLimits { max_blocks_per_sequence: 75, ..LIMITS };
+    let mut b = planned::<B>(limits);
+    let mut kv = b.alloc_kv(&shape.kv_spec(), NUM_BLOCKS).unwrap();
+    let mut run = |from: usize, chunks: &[usize]| {
+        sequence.computed = from;
+        let mut rows = Vec::new();
+        for chunk in chunks {
+            rows.extend(
+                step(&mut b, &mut kv, &shape, &mut [&mut sequence], &[*chunk], 1).remove(0),
+            );
+        }
+        assert_eq!(sequence.computed, len);
+        rows
+    };
+    let whole = run(0, &[400, 400, 300]);
+    // Keys are in the cache: the rows of the last tokens, computed anew.
+    let rows = |from: usize| &whole[from * shape.query_heads * shape.dim..];
+    assert_eq!(run(1020, &[60, 20]), rows(1020), "a few tokens");
+    assert_eq!(run(1090, &[1, 2, 3, 1, 1, 2]), rows(1090), "token by token");
+    assert_close::<B>(rows(1090), &twin_from(&sequence, &shape, 1090), "the last tokens");
 }
 
 fn copied_and_zeroed_blocks<B: TestBackend>() {

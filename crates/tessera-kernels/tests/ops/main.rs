@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used)] // In a test, what fails is the test.
 
 mod attention;
+mod captured;
 mod dense;
 mod embed;
 mod failures;
+mod loading;
 mod same_bits;
 mod sampling;
 mod support;

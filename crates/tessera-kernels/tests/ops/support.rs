@@ -20,6 +20,8 @@ pub trait TestBackend {
     fn is_available() -> bool {
         true
     }
+    /// Whether it captures steps that only decode.
+    const CAPTURES: bool = false;
     /// Largest difference to the f64 twin, as a share of the twin's largest value.
     const TOLERANCE: f64;
 }
@@ -101,6 +103,7 @@ mod on_cuda {
         fn is_available() -> bool {
             has_driver()
         }
+        const CAPTURES: bool = true;
         const TOLERANCE: f64 = F32_TOLERANCE;
     }
 
@@ -114,6 +117,7 @@ mod on_cuda {
         fn is_available() -> bool {
             has_driver()
         }
+        const CAPTURES: bool = true;
         const TOLERANCE: f64 = BF16_TOLERANCE;
     }
 }
