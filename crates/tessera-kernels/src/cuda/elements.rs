@@ -285,9 +285,7 @@ fn check_pairs(operation: &'static str, head_dim: u32) -> Result<()> {
     let (what, expected) = ("head_dim", 2 * MAX_PAIRS as usize);
     match head_dim <= 2 * MAX_PAIRS {
         true => Ok(()),
-        false => {
-            Err(KernelError::Shape { operation, what, expected, found: head_dim as usize })
-        }
+        false => Err(KernelError::Shape { operation, what, expected, found: head_dim as usize }),
     }
 }
 

@@ -14,9 +14,9 @@ use std::ptr;
 
 use cudarc::cublaslt::{result, sys};
 
+use super::DevicePtr;
 use super::device::Gpu;
 use super::memory::DeviceBuffer;
-use super::DevicePtr;
 use crate::act::DType;
 use crate::cuda_error::CudaError;
 use crate::error::{KernelError, Result};

@@ -134,8 +134,7 @@ impl KvBounds {
         if block.0 < self.num_blocks {
             return Ok(());
         }
-        let reason =
-            format!("block {block} lies outside of a cache of {} blocks", self.num_blocks);
+        let reason = format!("block {block} lies outside of a cache of {} blocks", self.num_blocks);
         Err(KernelError::Input { field, reason })
     }
 }

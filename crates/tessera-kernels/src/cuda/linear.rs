@@ -267,8 +267,7 @@ fn read_piece(
     bytes: &mut [u8],
 ) -> Result<(), WeightError> {
     let Piece { tensor, shape, .. } = *piece;
-    let slice =
-        TensorSlice { tensor, shape, rows: piece.rows.clone(), cols: piece.cols.clone() };
+    let slice = TensorSlice { tensor, shape, rows: piece.rows.clone(), cols: piece.cols.clone() };
     let bytes = &mut bytes[..piece.bytes(dtype)];
     match dtype {
         DType::F32 => {

@@ -18,7 +18,6 @@ const ALIGNMENT: usize = 16;
 /// Words of `StepPtrs::counts`.
 const COUNTS: usize = 8;
 
-
 /// Where the inputs of one decoder step lie on the device. i32 unless said otherwise.
 ///
 /// Numbers that change between replays of a captured graph (the block table's stride, lengths) are to be read from
@@ -203,7 +202,8 @@ fn check_room(field: &'static str, needed: usize, limit: usize) -> Result<()> {
     if needed <= limit {
         return Ok(());
     }
-    let reason = format!("the step's inputs take {needed} bytes of the {limit} that {NAME} planned");
+    let reason =
+        format!("the step's inputs take {needed} bytes of the {limit} that {NAME} planned");
     Err(KernelError::Input { field, reason })
 }
 
@@ -300,10 +300,7 @@ fn pack_step(packer: &mut Packer<'_>, ptrs: &StepPtrs, inputs: &StepInputs, plan
     packer.words(ptrs.block_copies, copies);
 }
 
-fn source_word(
-    source: &TokenSource,
-    last_token: &dyn Fn(SequenceSlot) -> Option<TokenId>,
-) -> u32 {
+fn source_word(source: &TokenSource, last_token: &dyn Fn(SequenceSlot) -> Option<TokenId>) -> u32 {
     match source {
         TokenSource::Host(token) => *token,
         TokenSource::LastSampled(slot) => last_token(*slot).unwrap_or(!slot.0),
