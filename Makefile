@@ -1,5 +1,5 @@
-# `make up`: a whole cluster on this machine. `make test`: everything CI runs. See README.md.
-.PHONY: up test build release clean
+# `make up`: a whole cluster on this machine. `make test`: everything CI runs. `make cuda`: the program for GPUs. See README.md.
+.PHONY: up test build cuda cuda-kernels release clean
 
 QUESTION ?= What is in this picture?
 IMAGE ?= tests/fixtures/media/photo.jpg
@@ -18,9 +18,22 @@ test:
 	@deploy/setup.sh test
 	cargo xtask ci
 
+# The program with the CUDA backend. Needs no GPU and no CUDA on this machine: the compiler comes as Python wheels.
+cuda:
+	@deploy/setup.sh build
+	@deploy/cuda-toolkit.sh
+	cargo build --locked --package tessera --features cuda
+
+# What each kernel takes of a multiprocessor, as the assembler says it.
+cuda-kernels: cuda
+	@{ sed '/^| file/,$$d' docs/benchmarks/cuda-kernels.md; ./target/debug/tessera gpus --kernels; } >target/cuda-kernels.md
+	@mv target/cuda-kernels.md docs/benchmarks/cuda-kernels.md
+
+# `make release CUDA=1` has the CUDA backend too.
 release:
 	@deploy/setup.sh build
-	cargo build --locked --release --package tessera
+	$(if $(CUDA),@deploy/cuda-toolkit.sh)
+	cargo build --locked --release --package tessera $(if $(CUDA),--features cuda)
 
 clean:
 	cargo clean

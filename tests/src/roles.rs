@@ -28,8 +28,16 @@ pub struct Refusal {
 /// # Panics
 /// When it does not end.
 pub fn run_to_end(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Refusal {
+    run_command_to_end(&mut command(arguments))
+}
+
+/// Runs a command that should end by itself.
+///
+/// # Panics
+/// When it does not end.
+pub fn run_command_to_end(command: &mut Command) -> Refusal {
     let directory = TempDir::new().expect("a directory");
-    let mut process = Process::start("role", &mut command(arguments), directory.path());
+    let mut process = Process::start("role", command, directory.path());
     let status = process.wait();
     Refusal { status, output: process.log() }
 }

@@ -71,3 +71,24 @@ impl GpuLimits {
 pub fn kernels() -> &'static [KernelFile] {
     &[]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::CudaDevice;
+
+    #[test]
+    fn everything_says_that_it_was_not_built() {
+        assert_eq!(check().require(0), Err(CudaError::NotBuilt));
+        let options = CudaDevice::in_order(CudaFormat::Bf16).options(0, false);
+        for error in
+            [open(&options).err(), memory(0).err(), GpuLimits::new(CudaFormat::F32, 0).err()]
+        {
+            assert!(
+                matches!(error, Some(KernelError::Cuda { source: CudaError::NotBuilt, .. })),
+                "{error:?}"
+            );
+        }
+        assert!(kernels().is_empty());
+    }
+}

@@ -65,6 +65,17 @@ impl CudaDevice {
         }
     }
 
+    /// The GPUs of `num_ranks` ranks from `first` on, listed: what one of several processes takes.
+    pub fn part(&self, first: usize, num_ranks: usize) -> Self {
+        let mut part = Self::in_order(self.format);
+        for index in first..first + num_ranks.min(MAX_GPUS) {
+            part.listed[usize::from(part.num_listed)] =
+                u8::try_from(self.ordinal(index)).unwrap_or(u8::MAX);
+            part.num_listed += 1;
+        }
+        part
+    }
+
     /// How the process's rank `index` computes.
     pub fn options(&self, index: usize, deterministic: bool) -> CudaOptions {
         CudaOptions { ordinal: self.ordinal(index), format: self.format, deterministic }
@@ -176,5 +187,7 @@ mod tests {
         assert_eq!(device("cuda-f32:3,0").format, CudaFormat::F32);
         assert_eq!([0, 1, 2].map(|rank| device("cuda:3,0").ordinal(rank)), [3, 0, 3]);
         assert_eq!([0, 1, 2].map(|rank| device("cuda").ordinal(rank)), [0, 1, 2]);
+        assert_eq!(device("cuda").part(2, 2), device("cuda:2,3"));
+        assert_eq!(device("cuda:5").part(2, 2), device("cuda:5,5"));
     }
 }

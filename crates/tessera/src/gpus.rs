@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 
 use clap::Args;
-use tessera_kernels::{CudaCheck, Device, KernelFile, cuda};
+use tessera_kernels::{CudaCheck, Device, KernelFile, UnknownDevice, cuda};
 
 use crate::error::{Error, Result};
 
@@ -31,6 +31,15 @@ pub fn gpus(args: &GpusArgs) -> Result<()> {
         true => Ok(()),
         false => Err(Error::NoUsableGpu),
     }
+}
+
+/// The device that a flag names.
+///
+/// # Errors
+/// A name that is no device.
+pub fn parse_device(name: &str) -> Result<Device> {
+    name.parse()
+        .map_err(|error: UnknownDevice| Error::Flag { flag: "--device", reason: error.to_string() })
 }
 
 /// Looks for what a worker on `device` with `num_ranks` ranks needs, and logs all it finds.

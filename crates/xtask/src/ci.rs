@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{cargo, tidy};
+use crate::{cargo, cuda, tidy};
 
 /// Commands and their arguments to cargo; `tidy` runs after the second.
 const FORMAT: &[&str] = &["fmt", "--all", "--check"];
@@ -25,13 +25,14 @@ pub fn run(root: &Path) -> bool {
         && stage("tidy", || tidy::run(root))
         && stage("build", || command(root, BUILD))
         && stage("test", || command(root, TEST))
-        && stage("clients", || program(root, &root.join(PYTHON), CLIENTS));
+        && stage("clients", || program(root, &root.join(PYTHON), CLIENTS))
+        && cuda::run(root);
     let verdict = if passed { "passed" } else { "failed" };
     println!("ci {verdict} after {:.1} s", begin.elapsed().as_secs_f64());
     passed
 }
 
-fn stage(name: &str, body: impl FnOnce() -> bool) -> bool {
+pub(crate) fn stage(name: &str, body: impl FnOnce() -> bool) -> bool {
     println!("== {name}");
     let begin = Instant::now();
     let passed = body();
@@ -40,19 +41,22 @@ fn stage(name: &str, body: impl FnOnce() -> bool) -> bool {
     passed
 }
 
-fn command(root: &Path, arguments: &[&str]) -> bool {
+pub(crate) fn command(root: &Path, arguments: &[&str]) -> bool {
     program(root, cargo().as_ref(), arguments)
 }
 
-fn program(root: &Path, program: &Path, arguments: &[&str]) -> bool {
-    match Command::new(program).args(arguments).current_dir(root).status() {
+pub(crate) fn program(root: &Path, program: &Path, arguments: &[&str]) -> bool {
+    run_to_end(Command::new(program).args(arguments).current_dir(root))
+}
+
+/// Whether a command succeeded.
+pub(crate) fn run_to_end(command: &mut Command) -> bool {
+    match command.status() {
         Ok(status) => status.success(),
         Err(error) => {
+            let program = Path::new(command.get_program());
             let name = program.file_name().unwrap_or_default().display();
-            eprintln!(
-                "{name} {}: {error}; `make test` installs what is missing",
-                arguments.join(" ")
-            );
+            eprintln!("{name}: {error}; `make test` installs what is missing");
             false
         }
     }

@@ -68,7 +68,7 @@ static Status refuse(Status status, const char* reason) {
 }
 
 API size_t cublasLtGetVersion() {
-    const char* text = std::getenv("TESSERA_EMULATOR_CUBLASLT");
+    const char* text = std::getenv("CUDA_EMULATOR_CUBLASLT");
     return text == nullptr ? 130100 : static_cast<size_t>(std::atoll(text));
 }
 

@@ -11,14 +11,14 @@ static long long number(const char* name, long long otherwise) {
 
 const Settings& settings() {
     static const Settings values = {
-        static_cast<int>(number("TESSERA_EMULATOR_DEVICES", 2)),
-        static_cast<int>(number("TESSERA_EMULATOR_DRIVER", 13000)),
-        static_cast<int>(number("TESSERA_EMULATOR_CAPABILITY", 90)),
-        static_cast<int>(number("TESSERA_EMULATOR_MULTIPROCESSORS", 4)),
-        static_cast<size_t>(number("TESSERA_EMULATOR_MEMORY_BYTES", 1ll << 30)),
-        number("TESSERA_EMULATOR_EAGER", 0) != 0,
-        static_cast<long>(number("TESSERA_EMULATOR_FAIL_LAUNCH", 0)),
-        static_cast<long>(number("TESSERA_EMULATOR_STALL_LAUNCH", 0)),
+        static_cast<int>(number("CUDA_EMULATOR_DEVICES", 2)),
+        static_cast<int>(number("CUDA_EMULATOR_DRIVER", 13000)),
+        static_cast<int>(number("CUDA_EMULATOR_CAPABILITY", 90)),
+        static_cast<int>(number("CUDA_EMULATOR_MULTIPROCESSORS", 4)),
+        static_cast<size_t>(number("CUDA_EMULATOR_MEMORY_BYTES", 1ll << 30)),
+        number("CUDA_EMULATOR_EAGER", 0) != 0,
+        static_cast<long>(number("CUDA_EMULATOR_FAIL_LAUNCH", 0)),
+        static_cast<long>(number("CUDA_EMULATOR_STALL_LAUNCH", 0)),
     };
     return values;
 }

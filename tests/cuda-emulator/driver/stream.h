@@ -1,7 +1,7 @@
 // Contexts, streams, events and graphs of the fake driver.
 //
 // What is enqueued waits until something needs it: a wait, a query, a free. So a host that reads too early, or reuses a staging buffer
-// too early, gets wrong bytes, as it might on a device. (TESSERA_EMULATOR_EAGER=1 runs all at once.)
+// too early, gets wrong bytes, as it might on a device. (CUDA_EMULATOR_EAGER=1 runs all at once.)
 
 #pragma once
 

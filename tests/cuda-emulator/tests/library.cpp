@@ -224,12 +224,12 @@ static std::string probe_with(const std::string& environment) {
 
 TEST(errors_are_injected_by_the_environment) {
     CHECK(probe_with("") == "version 13000 major 9 alloc 0 launches 0 0\n");
-    CHECK(probe_with("TESSERA_EMULATOR_DEVICES=0") == "init 100\n");
-    CHECK(probe_with("TESSERA_EMULATOR_DRIVER=12040 TESSERA_EMULATOR_CAPABILITY=75") == "version 12040 major 7 alloc 0 launches 0 0\n");
-    CHECK(probe_with("TESSERA_EMULATOR_MEMORY_BYTES=4095") == "version 13000 major 9 alloc 2\n");
-    CHECK(probe_with("TESSERA_EMULATOR_FAIL_LAUNCH=2") == "version 13000 major 9 alloc 0 launches 0 719\n");
-    CHECK(probe_with("TESSERA_EMULATOR_FAIL_LAUNCH=1") == "version 13000 major 9 alloc 0 launches 719 719\n");
-    CHECK(probe_with("TESSERA_EMULATOR_EAGER=1") == "version 13000 major 9 alloc 0 launches 0 0\n");
+    CHECK(probe_with("CUDA_EMULATOR_DEVICES=0") == "init 100\n");
+    CHECK(probe_with("CUDA_EMULATOR_DRIVER=12040 CUDA_EMULATOR_CAPABILITY=75") == "version 12040 major 7 alloc 0 launches 0 0\n");
+    CHECK(probe_with("CUDA_EMULATOR_MEMORY_BYTES=4095") == "version 13000 major 9 alloc 2\n");
+    CHECK(probe_with("CUDA_EMULATOR_FAIL_LAUNCH=2") == "version 13000 major 9 alloc 0 launches 0 719\n");
+    CHECK(probe_with("CUDA_EMULATOR_FAIL_LAUNCH=1") == "version 13000 major 9 alloc 0 launches 719 719\n");
+    CHECK(probe_with("CUDA_EMULATOR_EAGER=1") == "version 13000 major 9 alloc 0 launches 0 0\n");
 }
 
 int main(int argc, char** argv) {

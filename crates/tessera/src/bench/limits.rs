@@ -5,12 +5,11 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 use tessera_kernels::cpu::{CpuLimits, Path};
 use tessera_kernels::cuda::GpuLimits;
-use tessera_kernels::{CpuFormat, CudaFormat, DType, Device, UnknownDevice};
+use tessera_kernels::{CpuFormat, CudaFormat, DType, Device};
 
 use super::error::BenchError;
 use super::stats::Spread;
 use super::work::Work;
-use crate::error::Error;
 
 /// Bytes that are read to measure bandwidth: several times any cache.
 const READ_BYTES: usize = 256 << 20;
@@ -88,15 +87,6 @@ impl LimitMeter {
         };
         Ok((limits, result))
     }
-}
-
-/// The device that a flag names.
-///
-/// # Errors
-/// A name that is no device.
-pub fn parse_device(name: &str) -> Result<Device, Error> {
-    name.parse()
-        .map_err(|error: UnknownDevice| Error::Flag { flag: "--device", reason: error.to_string() })
 }
 
 /// For reports.

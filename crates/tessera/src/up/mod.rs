@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use futures::future::{join_all, select_all};
+use tessera_kernels::Device;
 use tessera_membership::{EmbeddedConfig, EmbeddedStore};
 use tonic::transport::Endpoint;
 use tonic_health::pb::HealthCheckRequest;
@@ -20,6 +21,7 @@ use tonic_health::pb::health_client::HealthClient;
 use crate::cli::CommonArgs;
 use crate::error::{Error, Result};
 use crate::generate::{GenerateArgs, generate};
+use crate::gpus::{self, parse_device};
 use crate::signals;
 use child::{ChildSpec, Supervised};
 
@@ -70,6 +72,8 @@ pub async fn up(args: UpArgs) -> Result<()> {
     check(&args)?;
     let settings = args.common.settings(Vec::new())?;
     tessera_telemetry::init_tracing(&settings.log)?;
+    let device = parse_device(&args.device)?;
+    gpus::require(device, args.groups * args.tp)?;
     let shutdown = signals::shutdown(args.common.exit_with_stdin)?;
     let model = model_dir(&settings.model)?;
     let (store, membership) =
@@ -77,6 +81,7 @@ pub async fn up(args: UpArgs) -> Result<()> {
     let layout = Layout {
         program: std::env::current_exe().map_err(Error::OwnProgram)?,
         shared: shared_args(&args, &model, &membership),
+        device,
         state: StateDir::create()?,
         args: &args,
     };
@@ -209,6 +214,7 @@ struct Layout<'a> {
     program: PathBuf,
     shared: Vec<OsString>,
     state: StateDir,
+    device: Device,
     args: &'a UpArgs,
 }
 
@@ -236,8 +242,29 @@ impl Layout<'_> {
 
     fn encoders(&self) -> Vec<ChildSpec> {
         (0..self.args.encoders)
-            .map(|n| self.child(format!("encoder {n}"), "encoder", &[]))
+            .map(|n| {
+                let flags = self.encoder_device(n).map(|device| ("--device", device));
+                self.child(format!("encoder {n}"), "encoder", flags.as_slice())
+            })
             .collect()
+    }
+
+    /// With GPUs, encoders use them too; on a CPU theirs is a setting of its own.
+    fn encoder_device(&self, encoder: u32) -> Option<String> {
+        let Device::Cuda(device) = self.device else { return None };
+        let is_set = |pair: &String| pair.starts_with("encoder.device=");
+        let named = self.args.common.set.iter().any(is_set);
+        (!named).then(|| Device::Cuda(device.part(encoder as usize, 1)).to_string())
+    }
+
+    /// Processes take GPUs one after another, or those listed.
+    fn decoder_device(&self, group: u32, slot: u32) -> String {
+        let num_ranks = self.args.ranks_per_process as usize;
+        let first = (group * self.args.tp) as usize + slot as usize * num_ranks;
+        match self.device {
+            Device::Cuda(device) => Device::Cuda(device.part(first, num_ranks)).to_string(),
+            device => device.to_string(),
+        }
     }
 
     fn decoders(&self) -> Vec<ChildSpec> {
@@ -251,7 +278,7 @@ impl Layout<'_> {
                     ("--slot", slot.to_string()),
                     ("--tp", self.args.tp.to_string()),
                     ("--ranks-per-process", self.args.ranks_per_process.to_string()),
-                    ("--device", self.args.device.clone()),
+                    ("--device", self.decoder_device(group, slot)),
                     ("--threads", self.threads_per_rank().to_string()),
                     ("--state-dir", self.state.0.display().to_string()),
                 ];

@@ -9,10 +9,11 @@ use tessera_kernels::{DType, Device};
 use tessera_model::WeightSource;
 use tessera_scheduler::SchedulerConfig;
 
-use crate::bench::limits::{device_as_text, dtype_of, parse_device};
+use crate::bench::limits::{device_as_text, dtype_of};
 use crate::bench::shape::Shape;
 use crate::bench::size::ImageSize;
 use crate::error::{Error, Result};
+use crate::gpus::parse_device;
 
 /// Tokens after which a run of decode steps has settled.
 pub const SETTLE_TOKENS: u32 = 2;

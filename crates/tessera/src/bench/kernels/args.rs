@@ -6,10 +6,11 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use tessera_kernels::Device;
 
-use crate::bench::limits::{device_as_text, parse_device};
+use crate::bench::limits::device_as_text;
 use crate::bench::shape::Shape;
 use crate::bench::size::ImageSize;
 use crate::error::{Error, Result};
+use crate::gpus::parse_device;
 
 /// Flags of `tessera bench kernels`.
 #[derive(Debug, Clone, Args)]
