@@ -9,10 +9,13 @@
 #include <cstring>
 
 #include "fault.h"
+#include "observer.h"
 
 namespace emulator {
 
 thread_local Thread* current __attribute__((tls_model("initial-exec"))) = nullptr;
+
+const Observer* observer = nullptr;
 
 RunningBlock& running() {
     static thread_local RunningBlock block;
@@ -22,7 +25,7 @@ RunningBlock& running() {
 /// The last instead of the first ready thread goes on, and blocks run backwards: what depends on order shows.
 static bool backwards() {
     static const bool value = [] {
-        const char* order = std::getenv("TESSERA_EMULATOR_ORDER");
+        const char* order = std::getenv("CUDA_EMULATOR_ORDER");
         return order != nullptr && std::strcmp(order, "backwards") == 0;
     }();
     return value;
@@ -115,6 +118,7 @@ int sync_threads(Vote vote, int predicate, const char* file, int line) {
         case Vote::Count: block.barrier_result = block.barrier_true; break;
     }
     block.num_arrived = 0;
+    if (observer != nullptr) observer->block_synchronised();
     for (unsigned i = 0; i < block.num_threads; i++) {
         if (&block.fibers[i] != &fiber) make_ready(block.fibers[i]);
     }
@@ -174,6 +178,7 @@ static void run_block(RunningBlock& block, size_t dynamic_bytes) {
     block.dynamic_shared = block.shared.start_block(dynamic_bytes);
     block.num_done = block.num_arrived = 0;
     prepare_threads(block);
+    if (observer != nullptr) observer->block_begins();
     switch_to(*next_ready(0), &block.home);
     if (const char* name = block.shared.overwritten()) fail("wrote outside of shared array %s", name);
     current = nullptr;
@@ -182,6 +187,7 @@ static void run_block(RunningBlock& block, size_t dynamic_bytes) {
 void run(const Kernel& kernel, const Shape& shape, void** arguments) {
     if (current != nullptr) fail("launch inside a kernel");
     catch_faults();
+    if (observer != nullptr) observer->launch_begins();
     RunningBlock& block = running();
     block.kernel = &kernel;
     block.arguments = arguments;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "block.h"
+#include "observer.h"
 
 namespace emulator {
 
@@ -11,6 +12,7 @@ void copy_async_16(void* dst, const void* src, bool valid) {
     if (reinterpret_cast<uintptr_t>(dst) % 16 != 0) fail("cp_async_16: destination %p is not aligned to 16 bytes", dst);
     if (!running().shared.holds(dst, 16)) fail("cp_async_16: destination %p is not in shared memory", dst);
     if (valid && reinterpret_cast<uintptr_t>(src) % 16 != 0) fail("cp_async_16: source %p is not aligned to 16 bytes", src);
+    if (observer != nullptr) observer->written(dst, 16);
     std::memset(dst, 0xff, 16);
     self().copies.push_back({dst, src, valid});
 }
@@ -27,6 +29,8 @@ void copy_async_wait(unsigned unfinished_groups) {
     const size_t copies = fiber.group_ends[groups - 1];
     for (size_t i = 0; i < copies; i++) {
         const AsyncCopy& copy = fiber.copies[i];
+        if (observer != nullptr) observer->written(copy.dst, 16);
+        if (observer != nullptr && copy.valid) observer->read(copy.src, 16);
         if (copy.valid) {
             std::memcpy(copy.dst, copy.src, 16);
         } else {

@@ -76,6 +76,11 @@ bool SharedMemory::holds(const void* address, size_t bytes) const {
     });
 }
 
+bool SharedMemory::covers(const void* address) const {
+    const unsigned char* byte = static_cast<const unsigned char*>(address);
+    return memory_ != nullptr && byte >= memory_ && byte < memory_ + ARRAYS_BYTES + DYNAMIC_BYTES;
+}
+
 bool SharedMemory::behind(const void* address) const {
     const unsigned char* end = memory_ + ARRAYS_BYTES + DYNAMIC_BYTES;
     const unsigned char* byte = static_cast<const unsigned char*>(address);

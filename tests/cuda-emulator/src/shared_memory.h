@@ -22,6 +22,8 @@ class SharedMemory {
     void* array(const SharedSite& site);
     /// Whether `bytes` from `address` on lie in one array or in the dynamic part.
     bool holds(const void* address, size_t bytes) const;
+    /// Whether `address` lies in shared memory at all.
+    bool covers(const void* address) const;
     /// Whether `address` lies in the page behind the dynamic part, which faults.
     bool behind(const void* address) const;
     /// Name of what was written beside, or null.

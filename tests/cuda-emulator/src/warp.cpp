@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "block.h"
+#include "observer.h"
 
 namespace emulator {
 
@@ -71,7 +72,9 @@ uint64_t collect(const Collective& op, uint32_t mask, const Deposit& deposit) {
 }
 
 void sync_warp(uint32_t mask) {
-    static const Collective op = {"__syncwarp", [](Fiber*, uint32_t) {}};
+    static const Collective op = {"__syncwarp", [](Fiber* lanes, uint32_t) {
+        if (observer != nullptr) observer->warp_synchronised(lanes[0].warp);
+    }};
     collect(op, mask, {});
 }
 
@@ -187,6 +190,7 @@ void load_matrices(uint32_t* r, const void* row, int matrices, bool transposed) 
     if (self().lane < 8u * static_cast<unsigned>(matrices)) {
         if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("%s: row at %p is not aligned to 16 bytes", op.name, row);
         if (!running().shared.holds(row, 16)) fail("%s: row at %p is not in shared memory", op.name, row);
+        if (observer != nullptr) observer->read(row, 16);
     }
     Deposit deposit;
     deposit.out = r;
