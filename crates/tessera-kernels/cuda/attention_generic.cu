@@ -152,7 +152,7 @@ __device__ __forceinline__ void attend_paged(
         const uint32_t at = is_large ? (unit - small) / heads : unit / heads;
         PlanItem item = plan_items(plan)[is_large ? plan->large_first + at / PARTS : plan->small_first + at];
         if (is_large) item.first_row += at % PARTS * GENERIC_ROWS;
-        const PagedRows rows(item, group, static_cast<int>(unit % heads));
+        const PagedRows rows = PagedRows::of(item, group, static_cast<int>(unit % heads));
         if (rows.num_rows <= 0) continue;
         const uint32_t* block_table = block_tables + static_cast<int64_t>(item.sequence) * plan->block_table_stride;
         const PagedSource<T> source{qkv, k_cache, v_cache, block_table, out, rows, kv_heads, block_size, dim};

@@ -281,7 +281,6 @@ __device__ __forceinline__ void tile_softmax(
     float maxima[S::M_TILES][2];
     tile_maxima<S>(place, scores, maxima);
     float factors[S::M_TILES][2];
-    bool shrinks = false;
 #pragma unroll
     for (int m = 0; m < S::M_TILES; m++) {
 #pragma unroll
@@ -289,7 +288,6 @@ __device__ __forceinline__ void tile_softmax(
             const float max = fmaxf(state.maxima[m][half], mul_rn(maxima[m][half], scale));
             const float shift = softmax_shift(max);
             factors[m][half] = exp2_fast(sub_rn(state.maxima[m][half], shift));
-            shrinks = shrinks || factors[m][half] != 1.0f;
             state.maxima[m][half] = max;
 #pragma unroll
             for (int n = 0; n < S::SCORE_TILES; n++) {
@@ -300,8 +298,7 @@ __device__ __forceinline__ void tile_softmax(
             }
         }
     }
-    // A factor of 1 changes nothing, and after a few tiles most are.
-    if (!__any_sync(FULL_WARP, shrinks)) return;
+    // Most factors are 1 after a few tiles; to ask for that first takes registers that the large tiles do not have.
 #pragma unroll
     for (int m = 0; m < S::M_TILES; m++) {
 #pragma unroll

@@ -1,12 +1,12 @@
 // Causal attention over the paged cache for bf16 heads of 128, prefill and decode alike.
 //
 // One body in two shapes of the same bits (attention_mma.cuh says why):
-//   `attention_paged_small_bf16`  16 rows (a decoded token's group of query heads), four warps share them. 111 KiB of shared memory:
+//   `attention_paged_small_bf16`  16 rows (a decoded token's group of query heads), four warps share them. 109 KiB of shared memory:
 //                                 two blocks per SM of a H200 (227 KiB), 192 KiB of keys and values under way, more than the ~30 KiB per
 //                                 SM that 4.8 TB/s need at 1 µs. A step of few tokens is cut into chunks of 1,024 positions.
 //   `attention_paged_large_bf16`  128 rows (tokens × heads of the group), four warps with 32 rows each, so that a fragment of keys or
 //                                 values loaded from shared memory feeds four products. 102 KiB: two blocks per SM, 8 warps,
-//                                 at most 255 registers.
+//                                 all 255 registers (no spills on sm_90a; a few on sm_80).
 // Both have as many blocks as are resident at once; each takes every gridDim.x-th pair (item, KV head) of its section of the plan.
 // An item that is one chunk of several writes a partial result, which `attention_merge_bf16` joins with the others; a whole item
 // joins its chunks itself, by the same arithmetic, and keeps the total in its block's own piece of global memory meanwhile (64 KiB of
@@ -37,35 +37,41 @@ struct PagedArgs {
     float scale;
 };
 
-/// Keys and values of one head of one sequence.
-struct PagedTiles {
+/// One item for one KV head: its rows, and the keys and values of one head of one sequence. It lies in shared memory, for the
+/// registers of large tiles are full.
+struct PagedItem {
     const bf16* k_head;
     const bf16* v_head;
     const uint32_t* block_table;
-    int block_elements, block_size, end;
-    /// Blocks of the four sixteens of positions of the next tile, asked for ahead of its copies.
-    uint32_t blocks[TILE_KEYS / 16];
+    int block_elements, block_size;
+    /// Positions that the item's last row sees, as far as they are in the item's chunks.
+    int end;
+    uint32_t slot;
+    PagedRows rows;
 
-    __device__ __forceinline__ PagedTiles(const PagedArgs& args, const PlanItem& item, int head, int end_) {
+    __device__ __forceinline__ static PagedItem of(const PagedArgs& args, const PlanItem& item, int head, int tile_rows) {
+        const PagedRows rows = PagedRows::of(item, args.group, head);
+        const int seen = rows.visible_to(min(rows.num_rows, tile_rows) - 1);
         const int64_t at = static_cast<int64_t>(head) * args.block_size * PAGED_DIM;
-        k_head = args.k_cache + at;
-        v_head = args.v_cache + at;
-        block_table = args.block_tables + static_cast<int64_t>(item.sequence) * args.plan->block_table_stride;
-        block_elements = args.kv_heads * args.block_size * PAGED_DIM;
-        block_size = args.block_size;
-        end = end_;
+        const uint32_t* block_table = args.block_tables + static_cast<int64_t>(item.sequence) * args.plan->block_table_stride;
+        const int block_elements = args.kv_heads * args.block_size * PAGED_DIM;
+        const int end = min(seen, static_cast<int>(item.end_chunk) * CHUNK_KEYS);
+        return PagedItem{args.k_cache + at, args.v_cache + at, block_table, block_elements, args.block_size, end, item.slot, rows};
     }
 
     __device__ __forceinline__ uint32_t block_of(int position) const { return position < end ? block_table[position / block_size] : 0; }
 
-    __device__ __forceinline__ void fetch(int tile) {
+    /// Asks for the blocks of the four sixteens of positions of a tile.
+    __device__ __forceinline__ void fetch(int tile, uint32_t (&blocks)[TILE_KEYS / 16]) const {
 #pragma unroll
         for (int i = 0; i < TILE_KEYS / 16; i++) blocks[i] = block_of(tile * TILE_KEYS + 16 * i);
     }
 
-    /// Starts the copies of the tile that was fetched.
+    /// Starts the copies of a tile whose blocks were asked for.
     template <typename S>
-    __device__ __forceinline__ void load_fetched(const TilePlace<S>& place, int tile, int stage) const {
+    __device__ __forceinline__ void load_fetched(
+        const TilePlace<S>& place, int tile, int stage, const uint32_t (&blocks)[TILE_KEYS / 16]
+    ) const {
 #pragma unroll
         for (int i = 0; i < TILE_KEYS / 16; i++) load_sixteen<S>(place, tile, stage, i, blocks[i]);
     }
@@ -101,11 +107,11 @@ struct PagedTiles {
 /// Writes a chunk's result to its slots.
 template <typename S>
 __device__ __forceinline__ void write_partial(
-    const TilePlace<S>& place, const PagedArgs& args, const PlanItem& item, int head, const TileState<S>& state
+    const TilePlace<S>& place, const PagedArgs& args, const PagedItem& item, const TileState<S>& state
 ) {
 #pragma unroll
     for (int m = 0; m < S::M_TILES; m++) {
-        const int64_t slot = static_cast<int64_t>(item.slot + place.first_row / 16 + m) * args.kv_heads + head;
+        const int64_t slot = static_cast<int64_t>(item.slot + place.first_row / 16 + m) * args.kv_heads + item.rows.head;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int64_t row = slot * 16 + 8 * half + place.lane / 4;
@@ -184,82 +190,79 @@ __device__ __forceinline__ void merge_total(const float4* total, TileState<S>& s
     }
 }
 
-/// One item for one KV head.
+/// The item in shared memory, by all threads of the block.
 template <typename S>
-__device__ __forceinline__ void attend_item(const TilePlace<S>& place, const PagedArgs& args, const PlanItem& item, int head) {
-    // Where memory is what takes time, block ids are asked for a tile early; large tiles have no registers for that.
+__device__ __forceinline__ void attend_item(const TilePlace<S>& place, const PagedArgs& args, const PagedItem& item, int first_tile) {
+    // Where memory is what takes time, block ids are asked for a tile early.
     constexpr bool FETCHES_AHEAD = S::M_TILES == 1;
-    const PagedRows rows(item, args.group, head);
-    const int last_row = min(rows.num_rows, S::ROWS) - 1;
-    const int end = min(rows.visible_to(last_row), static_cast<int>(item.end_chunk) * CHUNK_KEYS);
-    const int first_tile = static_cast<int>(item.first_chunk) * CHUNK_TILES, end_tile = (end + TILE_KEYS - 1) / TILE_KEYS;
+    const int end_tile = (item.end + TILE_KEYS - 1) / TILE_KEYS;
     const int qkv_cols = (args.group + 2) * args.kv_heads * PAGED_DIM;
-
-    PagedTiles tiles(args, item, head, end);
-    load_queries<S>(place, rows.num_rows, args.qkv, [&](int row) { return args.qkv + rows.at(row, qkv_cols, PAGED_DIM); });
+    load_queries<S>(place, item.rows.num_rows, args.qkv, [&](int row) { return args.qkv + item.rows.at(row, qkv_cols, PAGED_DIM); });
 #pragma unroll
     for (int stage = 0; stage < S::STAGES - 1; stage++) {
-        if (first_tile + stage < end_tile) {
-            tiles.template load<S>(place, first_tile + stage, stage);
-        }
+        if (first_tile + stage < end_tile) item.template load<S>(place, first_tile + stage, stage);
         cp_async_commit();
     }
-    if constexpr (FETCHES_AHEAD) tiles.fetch(first_tile + S::STAGES - 1);
+    uint32_t blocks[TILE_KEYS / 16];
+    if constexpr (FETCHES_AHEAD) item.fetch(first_tile + S::STAGES - 1, blocks);
 
-    const auto visible = [&](int row) { return rows.visible_to(row); };
+    const auto visible = [&](int row) { return item.rows.visible_to(row); };
     // The least that a row sees. Rows that pad the tile compute with zeroes what nobody reads.
-    const int all_see = rows.visible_to(0);
+    const int all_see = item.rows.visible_to(0);
     TileQueries<S> queries;
     TileState<S> state;
     state.clear();
     int stage = 0;
-    for (int tile = first_tile; tile < end_tile; tile++) {
-        cp_async_wait<S::STAGES - 2>();
-        // All copies of this tile are there, and all warps are done with the tile before.
-        __syncthreads();
-        if (tile == first_tile) take_queries<S>(place, queries);
-        const int ahead = tile + S::STAGES - 1;
-        if (ahead < end_tile) {
-            const int free_stage = stage == 0 ? S::STAGES - 1 : stage - 1;
-            if constexpr (FETCHES_AHEAD) {
-                tiles.template load_fetched<S>(place, ahead, free_stage);
-            } else {
-                tiles.template load<S>(place, ahead, free_stage);
+    for (int tile = first_tile; tile < end_tile;) {
+        const int chunk_end = min(end_tile, (tile / CHUNK_TILES + 1) * CHUNK_TILES);
+        for (; tile < chunk_end; tile++) {
+            cp_async_wait<S::STAGES - 2>();
+            // All copies of this tile are there, and all warps are done with the tile before.
+            __syncthreads();
+            if (tile == first_tile) take_queries<S>(place, queries);
+            const int ahead = tile + S::STAGES - 1;
+            if (ahead < end_tile) {
+                const int free_stage = stage == 0 ? S::STAGES - 1 : stage - 1;
+                if constexpr (FETCHES_AHEAD) {
+                    item.template load_fetched<S>(place, ahead, free_stage, blocks);
+                } else {
+                    item.template load<S>(place, ahead, free_stage);
+                }
             }
+            cp_async_commit();
+            if constexpr (FETCHES_AHEAD) item.fetch(ahead + 1, blocks);
+            attend_tile<S>(place, queries, stage, tile * TILE_KEYS, (tile + 1) * TILE_KEYS > all_see, visible, args.scale, state);
+            stage = stage + 1 == S::STAGES ? 0 : stage + 1;
         }
-        cp_async_commit();
-        if constexpr (FETCHES_AHEAD) tiles.fetch(ahead + 1);
-        attend_tile<S>(place, queries, stage, tile * TILE_KEYS, (tile + 1) * TILE_KEYS > all_see, visible, args.scale, state);
-        stage = stage + 1 == S::STAGES ? 0 : stage + 1;
-
-        const bool last = tile + 1 == end_tile;
-        if (!last && (tile + 1) % CHUNK_TILES != 0) continue;
         if (item.slot != WHOLE) {
-            write_partial<S>(place, args, item, head, state);
+            write_partial<S>(place, args, item, state);
             break;
         }
         float4* total = args.totals + static_cast<int64_t>(blockIdx.x) * (S::CARRIED / 4) * S::THREADS + threadIdx.x;
-        if (tile >= first_tile + CHUNK_TILES) merge_total<S>(total, state);
-        if (last) {
-            write_rows<S>(place, args, rows, state);
+        if (tile > first_tile + CHUNK_TILES) merge_total<S>(total, state);
+        if (tile == end_tile) {
+            write_rows<S>(place, args, item.rows, state);
         } else {
             store_total<S>(total, state);
             state.clear();
         }
     }
-    // The next item's copies go where the slowest warp may still be reading.
     cp_async_wait<0>();
-    __syncthreads();
 }
 
 template <typename S>
 __device__ __forceinline__ void attend_section(const PagedArgs& args, uint32_t first, uint32_t count) {
     DYNAMIC_SHARED(bf16, shared);
+    SHARED(PagedItem, shared_item, 1);
     const TilePlace<S> place(shared);
     const uint32_t kv_heads = static_cast<uint32_t>(args.kv_heads);
     for (uint32_t unit = blockIdx.x; unit < count * kv_heads; unit += gridDim.x) {
-        const PlanItem item = plan_items(args.plan)[first + unit / kv_heads];
-        attend_item<S>(place, args, item, static_cast<int>(unit % kv_heads));
+        const PlanItem* item = plan_items(args.plan) + first + unit / kv_heads;
+        // The slowest warp may still be reading what the next copies, and the next item, overwrite.
+        __syncthreads();
+        if (threadIdx.x == 0) shared_item[0] = PagedItem::of(args, *item, static_cast<int>(unit % kv_heads), S::ROWS);
+        __syncthreads();
+        attend_item<S>(place, args, shared_item[0], static_cast<int>(item->first_chunk) * CHUNK_TILES);
     }
 }
 

@@ -55,13 +55,10 @@ struct PagedRows {
     /// Positions that the sequence's first token sees; each later one sees one more.
     int visible;
 
-    __device__ __forceinline__ PagedRows(const PlanItem& item, int group_, int head_) {
-        group = group_;
-        head = head_;
-        first_token = static_cast<int>(item.first_token);
-        first_row = static_cast<int>(item.first_row);
-        num_rows = static_cast<int>(item.num_tokens) * group - first_row;
-        visible = static_cast<int>(item.kv_len) - static_cast<int>(item.num_tokens) + 1;
+    __device__ __forceinline__ static PagedRows of(const PlanItem& item, int group, int head) {
+        const int first_row = static_cast<int>(item.first_row), num_tokens = static_cast<int>(item.num_tokens);
+        const int visible = static_cast<int>(item.kv_len) - num_tokens + 1;
+        return PagedRows{group, head, static_cast<int>(item.first_token), first_row, num_tokens * group - first_row, visible};
     }
 
     /// Positions seen by row `row` of the item.

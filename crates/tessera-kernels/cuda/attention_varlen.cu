@@ -2,9 +2,10 @@
 // thousands). Five k16 steps per head, no padding of the dimensions; rows of 176 bytes in shared memory.
 //
 // `attention_varlen_short_bf16`  one segment of at most 64 rows: one tile of queries, one of keys, no loop. 33 KiB of shared memory and
-//                                128 threads, so that six blocks per SM of a H200 hide each other's loads; the windows of one head
-//                                take 30 KiB of qkv and 1.3 MFLOP, so memory bounds it.
-// `attention_varlen_long_bf16`   128 rows of a longer segment, 32 per warp, keys in two stages. 66 KiB, two blocks per SM.
+//                                96 registers, so that five blocks per SM of a H200 hide each other's loads; a window of one head
+//                                takes 30 KiB of qkv and 1.3 MFLOP, so memory bounds it.
+// `attention_varlen_long_bf16`   128 rows of a longer segment, 32 per warp, keys in two stages. 66 KiB and 240
+//                                registers, two blocks per SM.
 // One head per blockIdx.y. A segment's bits depend on its own rows alone; keys count from its start.
 
 #include "attention_mma.cuh"
@@ -108,7 +109,7 @@ __device__ __forceinline__ void attend_segment(const bf16* qkv, const VarlenItem
 
 /// out `[P, heads·80]` from qkv `[P, 3, heads, 80]`; every row sees its whole segment, which has at most 64. Grid [items, heads], block
 /// 128, dynamic shared `ShortTile::SHARED_BYTES`. `head_dim` is 80. Twin: src/reference/attention.rs, `varlen`.
-KERNEL_BOUNDS(attention_varlen_short_bf16, 128, 4)(
+KERNEL_BOUNDS(attention_varlen_short_bf16, 128, 5)(
     const bf16* qkv, const VarlenItem* items, bf16* out, int32_t heads, int32_t head_dim, float scale
 ) {
     attend_segment<ShortTile>(qkv, items, out, heads, scale);

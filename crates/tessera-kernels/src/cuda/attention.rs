@@ -229,8 +229,12 @@ impl PagedPlan {
             }
             next += chunks * step;
         }
-        // Large tiles after small ones, each by cost; the order of equals is that of the tiles.
-        self.items.sort_by_key(|item| (item.tile.is_large, std::cmp::Reverse(item.cost())));
+        // Large tiles after small ones, each by cost.
+        self.items.sort_unstable_by_key(|item| {
+            let tile = &item.tile;
+            let cost = std::cmp::Reverse(item.cost());
+            (tile.is_large, cost, tile.sequence, tile.first_row, item.chunks)
+        });
     }
 
     fn write(&mut self, inputs: &StepInputs) {
