@@ -1,4 +1,4 @@
-// Operations on elements: activations of the MLPs, conversion, and the counter of finished layers.
+// Operations on elements: activations of the MLPs, and the counter of finished layers.
 //
 // Kernels ending in _wide work on runs of 16 bytes of the activation type and want rows of whole runs; the others take any size.
 // Grid: [rows, ceil(threads of a row / 256)], block 256.
@@ -59,22 +59,6 @@ REGISTER(gelu_erf_f32)
 REGISTER(gelu_erf_bf16)
 REGISTER(gelu_erf_wide_f32)
 REGISTER(gelu_erf_wide_bf16)
-
-/// y [rows, cols] bf16 = x [rows, cols] f32, rounded to nearest even.
-template <int N>
-__device__ __forceinline__ void convert_rows(const float* x, bf16* y, int32_t cols) {
-    const int32_t at = (blockIdx.y * blockDim.x + threadIdx.x) * N;
-    if (at >= cols) return;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * cols + at;
-    float values[N];
-    load_run<N>(x + first, values);
-    store_run<N>(y + first, values);
-}
-
-KERNEL(convert_rows_bf16)(const float* x, bf16* y, int32_t cols) { convert_rows<1>(x, y, cols); }
-KERNEL(convert_rows_wide_bf16)(const float* x, bf16* y, int32_t cols) { convert_rows<8>(x, y, cols); }
-REGISTER(convert_rows_bf16)
-REGISTER(convert_rows_wide_bf16)
 
 /// Adds one to a counter in mapped host memory. Grid [1], block 1.
 KERNEL(bump_counter)(uint64_t* counter) {

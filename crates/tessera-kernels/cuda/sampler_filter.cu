@@ -8,6 +8,7 @@ constexpr uint32_t FIRST_RANKED = 256, NEXT_RANKED = 1536;
 
 /// Lets the first `count` of the list compete, one by one.
 __device__ __forceinline__ void draw_listed(const Row& row, const Arena& arena, uint32_t count, Candidate& best) {
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < count; i += RANK_THREADS) {
         const uint64_t rank = arena.ranked.list[i];
         const uint32_t token = token_of(rank), part = token % 4;
@@ -20,16 +21,18 @@ __device__ __forceinline__ void draw_listed(const Row& row, const Arena& arena, 
 
 /// Lets all tokens that rank at least `floor` compete. `likeliest` is one of them.
 __device__ __forceinline__ Candidate draw_ranked(const Row& row, uint64_t floor, uint32_t likeliest, float highest) {
-    const uint32_t low = row.params->seed_low, high = row.params->seed_high;
+    const auto words_of = [&](uint32_t group) {
+        return philox(group, row.output_index, row.params->seed_low, row.params->seed_high);
+    };
     Race race;
-    const Words words = philox(likeliest / 4, row.output_index, low, high);
+    const Words words = words_of(likeliest / 4);
     const uint32_t part = likeliest % 4;
     const uint32_t word = part < 2 ? (part == 0 ? words.at[0] : words.at[1]) : (part == 2 ? words.at[2] : words.at[3]);
     race.lead(Candidate{gumbel_score(highest, word), likeliest});
-    for_groups<true>(row, [&](uint32_t group, const float(&values)[4]) {
+    for_groups<true, 1>(row, [&](uint32_t group, const float(&values)[4]) {
         const float best = fmaxf(fmaxf(values[0], values[1]), fmaxf(values[2], values[3]));
         if (best < race.hopeless || rank_of(best, 4 * group) < floor) return;
-        const Words words = philox(group, row.output_index, low, high);
+        const Words words = words_of(group);
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) {
             if (rank_of(values[i], 4 * group + i) >= floor) race.consider(values[i], 4 * group + i, words.at[i]);
@@ -46,23 +49,27 @@ __device__ __forceinline__ void make_terms(Arena& arena, uint32_t count, float h
     __syncthreads();
 }
 
-/// How many of the list's first `count` are kept until `mass`, their sum so far, reaches the target; `count` if it is not reached.
-__device__ __forceinline__ uint32_t cut_mass(Arena& arena, uint32_t count, double target, double& mass, bool& is_reached) {
+/// Starts the ranking whose mass is to reach a target.
+__device__ __forceinline__ void begin_mass(Arena& arena, double target) {
+    if (threadIdx.x == 0) arena.target = target, arena.mass = 0.0;
+}
+
+/// How many of the list's first `count` are kept until the mass reaches its target; `count` if it does not.
+__device__ __forceinline__ uint32_t cut_mass(Arena& arena, uint32_t count, bool& is_reached) {
     if (threadIdx.x == 0) {
-        double sum = mass;
+        double mass = arena.mass;
         uint32_t kept = 0;
         bool reached = false;
         while (kept < count && !reached) {
-            sum += static_cast<double>(arena.ranked.terms[kept]);
-            reached = sum >= target;
+            mass += static_cast<double>(arena.ranked.terms[kept]);
+            reached = mass >= arena.target;
             kept++;
         }
-        arena.total = sum;
+        arena.mass = mass;
         arena.count = kept;
         arena.digit = reached;
     }
     __syncthreads();
-    mass = arena.total;
     is_reached = arena.digit != 0;
     return arena.count;
 }
@@ -109,11 +116,10 @@ __device__ __forceinline__ double sum_listed(Arena& arena, uint32_t count, float
 __device__ __forceinline__ Candidate draw_top_k(const Row& row, uint64_t floor, uint32_t top_k, float highest, Arena& arena) {
     uint32_t count = min(collect<true>(row, Span{floor, ABOVE_ALL}, top_k, arena), top_k);
     if (row.params->top_p < 1.0f) {
-        const double target = static_cast<double>(row.params->top_p) * sum_listed(arena, count, highest);
+        begin_mass(arena, static_cast<double>(row.params->top_p) * sum_listed(arena, count, highest));
         make_terms(arena, count, highest);
-        double mass = 0.0;
         bool is_reached = false;
-        count = cut_mass(arena, count, target, mass, is_reached);
+        count = cut_mass(arena, count, is_reached);
     }
     Candidate best = no_candidate();
     draw_listed(row, arena, count, best);
@@ -123,17 +129,16 @@ __device__ __forceinline__ Candidate draw_top_k(const Row& row, uint64_t floor, 
 /// The winner among the tokens that rank at least `floor`, cut by top_p: some are ranked and added, then some more, until the target
 /// is reached.
 __device__ __forceinline__ Candidate draw_top_p(const Row& row, uint64_t floor, float highest, Arena& arena) {
-    const double target = static_cast<double>(row.params->top_p) * sum_exp<true>(row, highest, floor, arena);
+    begin_mass(arena, static_cast<double>(row.params->top_p) * sum_exp<true>(row, highest, floor, arena));
     Candidate best = no_candidate();
     Span rest = {floor, ABOVE_ALL};
-    double mass = 0.0;
     bool is_reached = false;
     for (uint32_t wanted = FIRST_RANKED; !is_reached; wanted = NEXT_RANKED) {
         const uint32_t count = collect<true>(row, rest, wanted, arena);
         if (count == 0) break;
         rest.high = arena.ranked.list[count - 1];
         make_terms(arena, count, highest);
-        const uint32_t kept = cut_mass(arena, count, target, mass, is_reached);
+        const uint32_t kept = cut_mass(arena, count, is_reached);
         draw_listed(row, arena, kept, best);
     }
     return best;
@@ -146,7 +151,7 @@ KERNEL_BOUNDS(sampler_filter, 1024, 1)(const Tables* tables, const SampleRow* ro
     Arena& arena = arenas[0];
     const uint32_t at = filtered[blockIdx.x];
     const Row row = open_row(tables, rows[at], masks, logits + static_cast<uint64_t>(at) * cols, cols);
-    Found* own = found + static_cast<uint64_t>(at) * chunks;
+    const Found* own = found + static_cast<uint64_t>(at) * chunks;
     Found whole = {no_candidate(), NONE};
     for (uint32_t i = threadIdx.x; i < chunks; i += RANK_THREADS) {
         if (beats(own[i].best, whole.best)) whole.best = own[i].best;
@@ -168,6 +173,6 @@ KERNEL_BOUNDS(sampler_filter, 1024, 1)(const Tables* tables, const SampleRow* ro
         }
         whole = block_found(whole);
     }
-    if (threadIdx.x == 0) own[0] = whole;
+    if (threadIdx.x == 0) found[static_cast<uint64_t>(filtered[blockIdx.x]) * chunks] = whole;
 }
 REGISTER(sampler_filter)

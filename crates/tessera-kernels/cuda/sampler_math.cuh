@@ -102,20 +102,21 @@ __device__ __forceinline__ double gumbel_score(float logit, uint32_t word) {
     return static_cast<double>(logit) - ln_host(-ln_host(uniform));
 }
 
+/// No score exceeds its logit by more.
+constexpr float MAX_NOISE = 23.0f;
+
 /// The best of a draw so far, with bounds that tell without logarithms that most tokens can't win.
 struct Race {
     Candidate best;
-    /// Logits below can't win whatever their noise, which is at most 22.87.
+    /// Logits below can't win whatever their noise, which is at most 22.87: the best score less 23 and less a slack that covers all
+    /// rounding of `consider`.
     float hopeless;
-    /// The best score less a slack that covers all rounding of `consider`.
-    float reach;
 
     __device__ __forceinline__ void lead(const Candidate& candidate) {
         best = candidate;
         const float score = static_cast<float>(candidate.score);
         const float slack = 1e-4f + fabsf(score) * 1e-6f;
-        hopeless = score - slack - 23.0f;
-        reach = score - slack;
+        hopeless = score - slack - MAX_NOISE;
     }
 
     /// Lets one token compete, by its logit (not −∞) and its random word.
@@ -124,7 +125,7 @@ struct Race {
     __device__ __forceinline__ void consider(float logit, uint32_t token, uint32_t word) {
         if (logit < hopeless) return;
         const float least = __uint_as_float(~word >> 9 | 0x3f800000u) - 1.0f;
-        if (least > exp2_fast((logit - reach) * 1.44269504f)) return;
+        if (least > exp2_fast((logit - hopeless - MAX_NOISE) * 1.44269504f)) return;
         const Candidate challenger = {gumbel_score(logit, word), token};
         if (beats(challenger, best)) lead(challenger);
     }

@@ -63,15 +63,17 @@ struct Arena {
     uint32_t warp_sums[32];
     double lanes[16];
     double total;
+    /// What top_p asks for, and the mass ranked so far.
+    double target, mass;
     /// Where a digit was cut: the digit, tokens at or above it, tokens above it.
     uint32_t digit, at_least, above;
     uint32_t count;
 };
 
-/// Calls `body(group, values)` for every group of the row; `EDIT` says whether logits are edited and scaled first.
-template <bool EDIT, typename Body>
+/// Calls `body(group, values)` for every group of the row; `EDIT` says whether logits are edited and scaled first. A thread reads
+/// `AHEAD` groups before it works on the first.
+template <bool EDIT, uint32_t AHEAD = EDIT ? 2 : 4, typename Body>
 __device__ __forceinline__ void for_groups(const Row& row, Body&& body) {
-    constexpr uint32_t AHEAD = 4;
     const uint32_t num_groups = row.num_groups();
     for (uint32_t first = threadIdx.x; first < num_groups; first += AHEAD * RANK_THREADS) {
         float values[AHEAD][4];

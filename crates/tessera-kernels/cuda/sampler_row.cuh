@@ -66,11 +66,11 @@ struct SampleRow {
 /// One row and all that edits it. Tokens are read in groups of four neighbours, which share a block of random words.
 struct Row {
     const float* logits;
+    const Tables* tables;
     const SlotParams* params;
     const uint32_t* mask;
-    const uint32_t* marks;
     const uint32_t* marked;
-    const Bias* bias;
+    uint32_t slot;
     uint32_t vocab;
     uint32_t output_index;
     float temperature;
@@ -120,8 +120,9 @@ struct Row {
     }
 
     __device__ __forceinline__ float edit_marked(uint32_t token, float logit) const {
-        const uint32_t mark = marks[token];
+        const uint32_t mark = tables->marks[static_cast<uint64_t>(slot) * tables->words * 32 + token];
         if (mark & BIASED) {
+            const Bias* bias = tables->bias + static_cast<uint64_t>(slot) * MAX_BIAS;
             uint32_t low = 0, high = params->num_bias;
             while (low < high) {
                 const uint32_t middle = (low + high) / 2;
@@ -149,11 +150,11 @@ __device__ __forceinline__ Row open_row(const Tables* tables, const SampleRow& s
     const bool is_edited = (params->flags & EDITED) != 0;
     Row row;
     row.logits = logits;
+    row.tables = tables;
+    row.slot = sample.slot;
     row.params = params;
     row.mask = sample.mask_at == NONE ? nullptr : masks + sample.mask_at;
-    row.marks = tables->marks + static_cast<uint64_t>(sample.slot) * tables->words * 32;
     row.marked = is_edited ? tables->marked + static_cast<uint64_t>(sample.slot) * tables->words : nullptr;
-    row.bias = tables->bias + static_cast<uint64_t>(sample.slot) * MAX_BIAS;
     row.vocab = min(tables->vocab, cols);
     row.output_index = sample.output_index;
     row.temperature = (params->flags & GREEDY) ? 1.0f : params->temperature;

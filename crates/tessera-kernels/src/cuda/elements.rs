@@ -13,6 +13,9 @@ use crate::backend::{HeadShape, RopeSpec};
 use crate::error::{KernelError, Result};
 use crate::reference::rope::{DecoderRope, VisionRope};
 
+#[cfg(test)]
+mod tests;
+
 /// Threads of a block that works on elements.
 const BLOCK: u32 = 256;
 /// Most threads of a block.
@@ -196,21 +199,6 @@ pub(super) fn swiglu(
 /// x `[rows, cols]` = gelu(x) in place, the exact (erf) form.
 pub(super) fn gelu_erf(gpu: &Gpu, act: DType, x: DevicePtr, rows: u32, cols: u32) -> Result<()> {
     over_rows(gpu, by_width(names!("gelu_erf"), act, cols), &[x], rows, cols)
-}
-
-/// y `[rows, cols]` bf16 = x `[rows, cols]` f32, rounded to nearest even.
-pub(super) fn convert_rows(
-    gpu: &Gpu,
-    x: DevicePtr,
-    y: DevicePtr,
-    rows: u32,
-    cols: u32,
-) -> Result<()> {
-    let kernel = match cols.is_multiple_of(8) {
-        true => ("convert_rows_wide_bf16", 8),
-        false => ("convert_rows_bf16", 1),
-    };
-    over_rows(gpu, kernel, &[x, y], rows, cols)
 }
 
 /// Row r of y `[rows, cols]` = row `row_list[r]` (i32) of x, both of `dtype`.
