@@ -2,7 +2,7 @@
 //
 // One body in two shapes of the same bits (attention_mma.cuh says why):
 //   `attention_paged_small_bf16`  16 rows (a decoded token's group of query heads), four warps share them. 109 KiB of shared memory:
-//                                 two blocks per SM of a H200 (227 KiB), 192 KiB of keys and values under way, more than the ~30 KiB per
+//                                 two blocks per SM of a H200 (227 KiB), 128 KiB of keys and values under way, more than the ~30 KiB per
 //                                 SM that 4.8 TB/s need at 1 µs. A step of few tokens is cut into chunks of 1,024 positions.
 //   `attention_paged_large_bf16`  128 rows (tokens × heads of the group), four warps with 32 rows each, so that a fragment of keys or
 //                                 values loaded from shared memory feeds four products. 102 KiB: two blocks per SM, 8 warps,

@@ -26,6 +26,7 @@ const PARTIALS: u32 = 4096;
 /// Most query heads per KV head.
 const MAX_GROUP: u32 = 64;
 const MAX_GENERIC_DIM: u32 = 256;
+const _: () = assert!(MAX_GROUP <= FEW_ROWS, "a decoded token takes small tiles");
 /// Head size of the paged tensor core kernels, and of the vision tower's.
 const PAGED_DIM: u32 = 128;
 const VARLEN_DIM: u32 = 80;
@@ -177,15 +178,20 @@ impl PagedPlan {
 
     /// Lists the work of a step. Longest first, so that the blocks end together.
     pub(super) fn build(&mut self, gpu: &Gpu, inputs: &StepInputs, shape: &PagedShape) {
+        let partials = if shape.is_tiled(gpu) { PARTIALS / shape.kv_heads } else { 0 };
+        self.list(inputs, shape, partials, resident(gpu));
+    }
+
+    /// As [`Self::build`], with places for `partials` partial results of each KV head on a GPU that runs `resident`
+    /// blocks at once.
+    fn list(&mut self, inputs: &StepInputs, shape: &PagedShape, partials: u32, resident: u32) {
         self.tiles.clear();
         self.items.clear();
         self.words.clear();
         self.cut_rows(inputs, shape.group);
-        let resident = resident(gpu);
         let large = self.tiles.iter().filter(|tile| tile.is_large).count() as u32;
         // Large tiles keep all multiprocessors at work by themselves, unless they are few.
         let splits_large = large * shape.kv_heads <= resident / 2;
-        let partials = if shape.is_tiled(gpu) { PARTIALS / shape.kv_heads } else { 0 };
         self.cut_positions(partials, splits_large);
         self.write(inputs);
     }
@@ -349,11 +355,11 @@ pub(super) fn attention_paged(
     let states = partials + PARTIAL_BYTES as u64;
     let totals = states + STATE_BYTES as u64;
     let sections = [
-        ("attention_paged_small_bf16", plan.num_small, SMALL_SHARED, shape.group <= FEW_ROWS),
-        ("attention_paged_large_bf16", plan.num_large, LARGE_SHARED, shape.group > FEW_ROWS),
+        ("attention_paged_small_bf16", plan.num_small, SMALL_SHARED, true),
+        ("attention_paged_large_bf16", plan.num_large, LARGE_SHARED, false),
     ];
     for (name, items, shared, takes_decode) in sections {
-        // A captured step only decodes: one token per sequence, all in the same section.
+        // A captured step only decodes, and one token's rows are few.
         let blocks = if is_captured && !takes_decode { 0 } else { blocks(items, resident) };
         with_inputs(gpu, name, ptrs)
             .grid([blocks, 1, 1])
@@ -501,4 +507,80 @@ pub(super) fn attention_varlen(
             .go()?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    const RESIDENT_BLOCKS: u32 = 264;
+
+    fn step(sequences: &[(u32, u32)]) -> StepInputs {
+        let mut inputs = StepInputs { cu_q: vec![0], ..StepInputs::default() };
+        for (tokens, kv_len) in sequences {
+            inputs.cu_q.push(inputs.cu_q[inputs.cu_q.len() - 1] + tokens);
+            inputs.kv_len.push(*kv_len);
+        }
+        inputs
+    }
+
+    fn shape(group: u32, kv_heads: u32) -> PagedShape {
+        PagedShape { group, kv_heads, head_dim: 128, block_size: 16, dtype: DType::Bf16 }
+    }
+
+    /// Checks that every row has each chunk of what it sees in one item, and each place one owner.
+    fn check(sequences: &[(u32, u32)], group: u32, kv_heads: u32) {
+        let (inputs, mut plan) = (step(sequences), PagedPlan::default());
+        plan.list(&inputs, &shape(group, kv_heads), PARTIALS / kv_heads, RESIDENT_BLOCKS);
+        let limits = StepLimits {
+            max_tokens: inputs.cu_q[sequences.len()],
+            max_sequences: sequences.len() as u32,
+            ..StepLimits::default()
+        };
+        assert!(4 * plan.words().len() <= PagedPlan::max_bytes(&limits), "{sequences:?}");
+        let (mut done, mut places) = (HashSet::new(), HashSet::new());
+        let mut parts = 0;
+        for item in &plan.items {
+            let RowTile { sequence, first_row, num_rows, visible, .. } = item.tile;
+            for chunk in item.chunks.0..item.chunks.1 {
+                assert!(chunk * CHUNK_KEYS < visible);
+                for row in first_row..first_row + num_rows {
+                    assert!(done.insert((sequence, row, chunk)), "{sequences:?}");
+                }
+            }
+            if item.slot != WHOLE {
+                parts += num_rows.div_ceil(SMALL_ROWS);
+                for place in item.slot..item.slot + slots_per_chunk(&item.tile) {
+                    assert!(place < PARTIALS / kv_heads && places.insert(place), "{sequences:?}");
+                }
+            }
+        }
+        for (sequence, (tokens, kv_len)) in sequences.iter().enumerate() {
+            for row in 0..tokens * group {
+                let visible = kv_len - tokens + 1 + row / group;
+                for chunk in 0..visible.div_ceil(CHUNK_KEYS) {
+                    assert!(done.contains(&(sequence as u32, row, chunk)), "{sequences:?}");
+                }
+            }
+        }
+        let merges = &plan.words()[HEADER_WORDS + plan.items.len() * ITEM_WORDS..];
+        assert_eq!(merges.chunks_exact(ITEM_WORDS).map(|item| item[3]).sum::<u32>(), parts);
+    }
+
+    #[test]
+    fn every_row_sees_each_chunk_once() {
+        check(&[(1, 1)], 8, 1);
+        check(&[(1, 5000), (0, 0), (3, 1025), (16, 1024), (1, 1024)], 5, 2);
+        check(&[(2048, 2048), (1, 33_000), (100, 20_000)], 7, 4);
+        check(&[(20, 40_000)], 64, 8);
+    }
+
+    #[test]
+    fn long_steps_stay_within_their_places() {
+        check(&[(1, 32_000); 300], 8, 1);
+        check(&[(7, 9000); 64], 64, 8);
+        check(&[(64, 100_000); 3], 5, 1);
+    }
 }

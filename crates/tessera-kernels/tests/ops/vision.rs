@@ -54,9 +54,10 @@ fn rope_2d<B: TestBackend>() {
     assert_close::<B>(&b.download(qkv).unwrap(), &twin, "rotated");
 }
 
-fn twin_attention(qkv: &[f32], cu: &[u32]) -> Vec<f64> {
+fn twin_attention(qkv: &[f32], cu: &[u32], dim: usize) -> Vec<f64> {
+    let hidden = 3 * dim;
     let at = |patch: usize, which: usize, head: usize| {
-        wide(&qkv[patch * 3 * HIDDEN + which * HIDDEN + head * 40..][..40])
+        wide(&qkv[patch * 3 * hidden + which * hidden + head * dim..][..dim])
     };
     let mut out = vec![0.0; qkv.len() / 3];
     for bounds in cu.windows(2) {
@@ -66,13 +67,13 @@ fn twin_attention(qkv: &[f32], cu: &[u32]) -> Vec<f64> {
             let query = at(patch, 0, head);
             let score = |other: usize| {
                 let dot: f64 = query.iter().zip(at(other, 1, head)).map(|(q, k)| q * k).sum();
-                (dot / 40f64.sqrt()).exp()
+                (dot / (dim as f64).sqrt()).exp()
             };
             let weights: Vec<f64> = segment.clone().map(score).collect();
             let sum: f64 = weights.iter().sum();
             for (other, weight) in segment.clone().zip(&weights) {
                 let value = at(other, 2, head);
-                let out = &mut out[patch * HIDDEN + head * 40..][..40];
+                let out = &mut out[patch * hidden + head * dim..][..dim];
                 out.iter_mut().zip(value).for_each(|(out, value)| *out += weight / sum * value);
             }
         }
@@ -86,14 +87,19 @@ fn varlen_attention<B: TestBackend>() {
     // Tiny windows, a whole one, one beyond a tile of queries; two frames.
     let inputs = inputs(&[4, 64, 16, 8, 100, 12], &[92, 112], &mut noise);
     b.upload_vision(&inputs).unwrap();
-    let (qkv, out) = (native(&b, 0, 204, 3 * HIDDEN), native(&b, 1, 204, HIDDEN));
-    let values = noise.values(qkv.len());
-    set(&mut b, qkv, &values);
-    for (segments, cu) in [(Segments::Window, &inputs.cu_window), (Segments::Full, &inputs.cu_full)]
-    {
-        b.attention_varlen(qkv, HEADS, segments, out).unwrap();
-        let twin = twin_attention(&values, cu);
-        assert_close::<B>(&b.download(out).unwrap(), &twin, &format!("{segments:?}"));
+    // 80 is what the model has.
+    for dim in [40, 80] {
+        let heads = HeadShape { num_heads: 3, head_dim: dim as u32 };
+        let (qkv, out) = (native(&b, 0, 204, 9 * dim), native(&b, 1, 204, 3 * dim));
+        let values = noise.values(qkv.len());
+        set(&mut b, qkv, &values);
+        let all = [(Segments::Window, &inputs.cu_window), (Segments::Full, &inputs.cu_full)];
+        for (segments, cu) in all {
+            b.attention_varlen(qkv, heads, segments, out).unwrap();
+            let twin = twin_attention(&values, cu, dim);
+            let found = b.download(out).unwrap();
+            assert_close::<B>(&found, &twin, &format!("{segments:?} of {dim}"));
+        }
     }
 }
 
