@@ -3,30 +3,32 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Layers that a device counts by itself, in memory that it shares with the host.
+pub trait LayerCount: std::fmt::Debug + Send + Sync {
+    /// Only ever grows.
+    fn count(&self) -> u64;
+}
+
 /// Counter of layers computed by one rank since its backend was made. Clones share the count, so that
 /// a thread that does no compute can report it while the rank thread is inside a step (CLUSTER §2).
 #[derive(Debug, Clone, Default)]
 pub struct Progress {
     host: Arc<AtomicU64>,
-    /// What the device counted by itself, in memory that it shares with the host.
-    #[cfg(feature = "cuda")]
-    device: Option<Arc<crate::cuda::LayerCounter>>,
+    /// What the device counted.
+    device: Option<Arc<dyn LayerCount>>,
 }
 
 impl Progress {
     /// Layers counted by a device.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn of_device(counter: Arc<crate::cuda::LayerCounter>) -> Self {
+    pub fn of_device(counter: Arc<impl LayerCount + 'static>) -> Self {
         Self { device: Some(counter), ..Self::default() }
     }
 
     /// Layers computed so far. Only ever grows.
     pub fn count(&self) -> u64 {
         // A statistic: nothing else is published through it.
-        let count = self.host.load(Ordering::Relaxed);
-        #[cfg(feature = "cuda")]
-        let count = count + self.device.as_ref().map_or(0, |counter| counter.count());
-        count
+        let on_device = self.device.as_ref().map_or(0, |counter| counter.count());
+        self.host.load(Ordering::Relaxed) + on_device
     }
 
     /// Counts one more layer. Called by the backend when the layer has been computed.

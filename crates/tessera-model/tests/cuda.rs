@@ -1,6 +1,5 @@
 //! Golden parity of the `cuda` backend (ENGINE §7), on the first GPU of the machine. Without a driver there is nothing
 //! to run, and every test says so.
-#![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)] // In a test, what fails is the test.
 
 mod support;

@@ -3,6 +3,12 @@
 //! another order would show, and the vision tower.
 #![allow(clippy::unwrap_used)] // In a test, what fails is the test.
 
+#[cfg(not(feature = "cuda"))]
+#[path = "support/no_cuda.rs"]
+mod on_cuda;
+#[cfg(feature = "cuda")]
+#[path = "support/on_cuda.rs"]
+mod on_cuda;
 mod support;
 
 use std::time::{Duration, Instant};
@@ -20,25 +26,6 @@ const FORMATS: [CpuFormat; 2] = [CpuFormat::Bf16, CpuFormat::F32];
 /// Runs steps on one backend.
 type Runner<'a> = &'a dyn Fn(&[Sequence], &[Step]) -> Bits;
 
-/// The CUDA backend as it computes in deterministic mode, in both formats, where there is a driver.
-#[cfg(feature = "cuda")]
-mod on_cuda {
-    use tessera_kernels::cuda::{self, CudaBackend};
-    use tessera_kernels::{CudaError, CudaFormat, CudaOptions};
-
-    pub fn formats() -> Vec<CudaFormat> {
-        match cuda::check().driver {
-            Err(CudaError::DriverMissing) => Vec::new(),
-            _ => vec![CudaFormat::Bf16, CudaFormat::F32],
-        }
-    }
-
-    pub fn backend(format: CudaFormat) -> CudaBackend {
-        let options = CudaOptions { ordinal: 0, format, deterministic: true };
-        cuda::open(&options).unwrap()
-    }
-}
-
 /// Calls `check` for the reference backend and for both formats of the others.
 fn on_every_backend(check: impl Fn(&str, Runner<'_>)) {
     let fixture = Fixture::open("tiny");
@@ -52,7 +39,6 @@ fn on_every_backend(check: impl Fn(&str, Runner<'_>)) {
             run(backend, config, &source, RANKS, sequences, steps)
         });
     }
-    #[cfg(feature = "cuda")]
     for format in on_cuda::formats() {
         check(&format!("cuda {format:?}"), &|sequences, steps| {
             let backend = move || on_cuda::backend(format);
@@ -248,7 +234,6 @@ fn vit_item_alone_and_packed() {
             check_items(&name, || CpuBackend::new(threads, format).unwrap());
         }
     }
-    #[cfg(feature = "cuda")]
     for format in on_cuda::formats() {
         check_items(&format!("cuda {format:?}"), || on_cuda::backend(format));
     }

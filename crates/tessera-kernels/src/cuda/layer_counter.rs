@@ -6,6 +6,7 @@ use super::DevicePtr;
 use super::device::Gpu;
 use super::memory::PinnedBuffer;
 use crate::error::Result;
+use crate::progress::LayerCount;
 
 /// A counter in memory that host and device share.
 #[derive(Debug)]
@@ -22,8 +23,10 @@ impl LayerCounter {
     pub(super) fn device_ptr(&self) -> DevicePtr {
         self.0.device_ptr()
     }
+}
 
-    pub(crate) fn count(&self) -> u64 {
+impl LayerCount for LayerCounter {
+    fn count(&self) -> u64 {
         // A statistic: nothing else is published through it.
         self.0.counter(0).load(Ordering::Relaxed)
     }

@@ -145,24 +145,12 @@ impl<'a> Launch<'a> {
         self.argument(value)
     }
 
-    pub(crate) fn i64(self, value: i64) -> Self {
-        self.argument(value.cast_unsigned())
-    }
-
     pub(crate) fn u32(self, value: u32) -> Self {
         self.argument(u64::from(value))
     }
 
-    pub(crate) fn i32(self, value: i32) -> Self {
-        self.argument(u64::from(value.cast_unsigned()))
-    }
-
     pub(crate) fn f32(self, value: f32) -> Self {
         self.argument(u64::from(value.to_bits()))
-    }
-
-    pub(crate) fn f64(self, value: f64) -> Self {
-        self.argument(value.to_bits())
     }
 
     fn argument(mut self, bits: u64) -> Self {

@@ -60,25 +60,23 @@ impl DecoderRope {
     }
 
     /// Turn per position of each pair.
-    #[cfg(feature = "cuda")]
     pub(crate) fn frequencies(&self) -> &[f32] {
         &self.frequencies
     }
 
     /// What cosine and sine are multiplied by.
-    #[cfg(feature = "cuda")]
     pub(crate) fn scale(&self) -> f32 {
         self.scale
     }
 
     /// Cosine and sine `[head_dim / 2]` at one position.
     pub(crate) fn angles(&self, position: [i32; 3]) -> Vec<(f32, f32)> {
-        let frequencies = self.frequencies.iter().zip(&self.axes);
+        let frequencies = self.frequencies().iter().zip(&self.axes);
         let angles = frequencies.map(|(frequency, axis)| position[*axis] as f32 * frequency);
         angles
             .map(|angle| {
                 let (cos, sin) = cos_sin(angle);
-                (cos * self.scale, sin * self.scale)
+                (cos * self.scale(), sin * self.scale())
             })
             .collect()
     }
@@ -97,14 +95,13 @@ impl VisionRope {
     }
 
     /// Turn per row of the first half of the pairs, per column of the second.
-    #[cfg(feature = "cuda")]
     pub(crate) fn frequencies(&self) -> &[f32] {
         &self.frequencies
     }
 
     /// Cosine and sine `[head_dim / 2]` of the patch at (row, col).
     pub(crate) fn angles(&self, row_col: [u32; 2]) -> Vec<(f32, f32)> {
-        let along = |at: u32| self.frequencies.iter().map(move |f| cos_sin(at as f32 * f));
+        let along = |at: u32| self.frequencies().iter().map(move |f| cos_sin(at as f32 * f));
         along(row_col[0]).chain(along(row_col[1])).collect()
     }
 }

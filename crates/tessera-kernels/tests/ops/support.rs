@@ -75,54 +75,13 @@ impl TestBackend for CpuPortable {
     const TOLERANCE: f64 = BF16_TOLERANCE;
 }
 
-/// The CUDA backend on the first GPU.
 #[cfg(feature = "cuda")]
-mod on_cuda {
-    use tessera_kernels::cuda::{self, CudaBackend, CudaOptions};
-    use tessera_kernels::{CudaError, CudaFormat};
-
-    use super::{BF16_TOLERANCE, F32_TOLERANCE, TestBackend};
-
-    fn make(format: CudaFormat) -> CudaBackend {
-        let deterministic = true;
-        CudaBackend::with_options(&CudaOptions { ordinal: 0, format, deterministic }).unwrap()
-    }
-
-    /// Anything but a driver that is not there is a failure.
-    fn has_driver() -> bool {
-        !matches!(cuda::check().driver, Err(CudaError::DriverMissing))
-    }
-
-    pub struct CudaF32;
-
-    impl TestBackend for CudaF32 {
-        type Backend = CudaBackend;
-        fn make() -> CudaBackend {
-            make(CudaFormat::F32)
-        }
-        fn is_available() -> bool {
-            has_driver()
-        }
-        const CAPTURES: bool = true;
-        const TOLERANCE: f64 = F32_TOLERANCE;
-    }
-
-    pub struct CudaBf16;
-
-    impl TestBackend for CudaBf16 {
-        type Backend = CudaBackend;
-        fn make() -> CudaBackend {
-            make(CudaFormat::Bf16)
-        }
-        fn is_available() -> bool {
-            has_driver()
-        }
-        const CAPTURES: bool = true;
-        const TOLERANCE: f64 = BF16_TOLERANCE;
-    }
-}
-#[cfg(feature = "cuda")]
-pub use on_cuda::{CudaBf16, CudaF32};
+#[path = "on_cuda.rs"]
+mod on_cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
+mod on_cuda;
+pub(crate) use on_cuda::*;
 
 /// Instantiates generic tests for every backend.
 macro_rules! backend_tests {
@@ -145,10 +104,7 @@ macro_rules! backend_tests {
         backend_tests!(@cpu_f32 CpuF32: $($test),*);
         backend_tests!(@cpu_bf16 CpuBf16: $($test),*);
         backend_tests!(@cpu_portable CpuPortable: $($test),*);
-        #[cfg(feature = "cuda")]
-        backend_tests!(@cuda_f32 CudaF32: $($test),*);
-        #[cfg(feature = "cuda")]
-        backend_tests!(@cuda_bf16 CudaBf16: $($test),*);
+        crate::support::cuda_tests!($($test),*);
     };
 }
 pub(crate) use backend_tests;
