@@ -6,6 +6,7 @@ use tessera_collective::Communicator;
 use tessera_types::{LateInputs, SequenceSlot};
 
 use super::attention::{self, PagedPtrs, PagedShape, VarlenPtrs};
+use super::drawing::Drawing;
 use super::elements::{self, EmbeddingTable, NormArgs, RopeDims};
 use super::gemm::Product;
 use super::slots::expect_dtype;
@@ -62,8 +63,8 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&mut self, inputs: &StepInputs) -> Result<()> {
-        let sampler = &self.sampler;
-        self.uploaded.upload(&self.gpu, inputs, &|slot| sampler.last_token(slot))
+        let drawing = &self.drawing;
+        self.uploaded.upload(&self.gpu, inputs, &|slot| drawing.last_token(slot))
     }
 
     fn upload_vision(&mut self, inputs: &VisionInputs) -> Result<()> {
@@ -122,7 +123,7 @@ impl Backend for CudaBackend {
         let is_leader = self.communicator.rank().0 == 0;
         self.checks.embeds = true;
         self.checks.visual_rows = is_leader.then_some(visual.rows);
-        self.uploaded.check_sources(|slot| self.sampler.is_held(slot))?;
+        self.uploaded.check_sources(|slot| self.drawing.is_held(slot))?;
         if is_leader {
             self.uploaded.check_visual(visual.rows)?;
         }
@@ -133,8 +134,7 @@ impl Backend for CudaBackend {
             num_rows: table.first_rows.len() as u32,
             hidden: table.inputs,
         };
-        // What was last sampled came up with the inputs.
-        let (step, last) = (&self.uploaded.ptrs, 0);
+        let (step, last) = (&self.uploaded.ptrs, self.drawing.last_sampled());
         let visual = is_leader.then_some(visual);
         elements::embed_merge(&self.gpu, self.dtype, &table, step, last, visual, x)
     }
@@ -308,25 +308,41 @@ impl Backend for CudaBackend {
     }
 
     fn sampler_admit(&mut self, sequence: SamplerSequence<'_>) -> Result<()> {
-        self.sampler.admit(sequence)
+        self.drawing.admit(&self.gpu, sequence)
     }
 
     fn sampler_release(&mut self, slot: SequenceSlot) {
-        self.sampler.release(slot);
+        self.drawing.release(slot);
     }
 
     fn sample(&mut self, logits: Act, rows: &[SampleRow], late: &LateInputs) -> Result<()> {
         expect("sample", "logit rows", rows.len(), logits.rows as usize)?;
         expect_dtype("sample", logits, DType::F32)?;
-        let values = self.download(logits)?;
-        self.sampler.sample(&mut self.communicator, &values, rows, late)
+        let from = self.slots.get(logits)?;
+        let (gpu, communicator) = (&self.gpu, &mut self.communicator);
+        match &mut self.drawing {
+            Drawing::Device(sampler) => sampler.sample(gpu, (from, logits.cols), rows, late),
+            Drawing::Host(sampler) => {
+                let mut values = vec![0.0; logits.len()];
+                self.staging.receive_values(gpu, from, &mut values, DType::F32)?;
+                sampler.sample(communicator, &values, rows, late)
+            }
+        }
     }
 
     fn score_rows(&mut self, logits: Act, rows: &[ScoreRow]) -> Result<()> {
         expect("score_rows", "logit rows", rows.len(), logits.rows as usize)?;
         expect_dtype("score_rows", logits, DType::F32)?;
-        let values = self.download(logits)?;
-        self.sampler.score(&mut self.communicator, &values, rows)
+        let from = self.slots.get(logits)?;
+        let (gpu, communicator) = (&self.gpu, &mut self.communicator);
+        match &mut self.drawing {
+            Drawing::Device(sampler) => sampler.score(gpu, (from, logits.cols), rows),
+            Drawing::Host(sampler) => {
+                let mut values = vec![0.0; logits.len()];
+                self.staging.receive_values(gpu, from, &mut values, DType::F32)?;
+                sampler.score(communicator, &values, rows)
+            }
+        }
     }
 }
 

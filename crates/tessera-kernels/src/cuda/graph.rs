@@ -7,7 +7,7 @@ use super::kv::KvBounds;
 use crate::backend::GraphKey;
 
 /// Steps of more shapes than this run eagerly. A graph of 80 layers takes a few megabytes of the device.
-const MAX_GRAPHS: usize = 256;
+const MAX_GRAPHS: usize = 128;
 
 /// What is known of the steps of one shape.
 #[derive(Debug)]

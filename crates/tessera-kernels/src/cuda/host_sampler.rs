@@ -28,10 +28,6 @@ impl HostSampler {
         self.table.release(slot);
     }
 
-    pub(super) fn is_held(&self, slot: SequenceSlot) -> bool {
-        self.last_token(slot).is_some()
-    }
-
     /// The token drawn last for a slot; `None` for a vacant one.
     pub(super) fn last_token(&self, slot: SequenceSlot) -> Option<TokenId> {
         self.table.last_sampled(slot).ok()

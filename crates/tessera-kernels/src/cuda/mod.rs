@@ -5,7 +5,7 @@
 //!
 //! The backend: `rank` (its state, steps as a whole), `backend` (the operations), `slots`, `step` and `uploaded` (a step's
 //! inputs), `staging`, `scratch`, `linear` and `norm` (weights), `gemm` (products), `kv`, `graph` (captured steps),
-//! `collective`, `host_sampler`, `layer_counter`; `limits` measures a GPU; the launches of own kernels: `elements`, `attention`.
+//! `collective`, `drawing` (on the device by `sampler`, else by `host_sampler`), `layer_counter`; `limits` measures a GPU; the launches of own kernels: `elements`, `attention`.
 //!
 //! | what | [`CudaFormat::Bf16`](crate::CudaFormat) | [`CudaFormat::F32`](crate::CudaFormat) |
 //! |---|---|---|
@@ -18,6 +18,7 @@ mod attention;
 mod backend;
 mod collective;
 mod device;
+mod drawing;
 mod elements;
 mod event;
 mod gemm;
@@ -33,6 +34,7 @@ mod memory;
 mod module;
 mod norm;
 mod rank;
+mod sampler;
 mod scratch;
 mod slots;
 mod staging;
@@ -43,7 +45,6 @@ use self::device::DevicePtr;
 
 pub use self::device::{check_machine as check, memory};
 pub use self::kv::CudaKv;
-pub(crate) use self::layer_counter::LayerCounter;
 pub use self::limits::GpuLimits;
 pub use self::linear::CudaLinear;
 pub use self::module::kernels;

@@ -8,10 +8,10 @@ use tessera_types::{Hash256, NumericsId};
 
 use super::collective::HostStage;
 use super::device::Gpu;
+use super::drawing::{Drawing, StepDraws};
 use super::event::Event;
 use super::gemm::Gemm;
 use super::graph::{CapturedStep, Course, Graphs, StepChecks};
-use super::host_sampler::HostSampler;
 use super::layer_counter::LayerCounter;
 use super::library;
 use super::linear::Loader;
@@ -35,7 +35,7 @@ const STAGING_BYTES: usize = 8 << 20;
 #[derive(Debug)]
 pub struct CudaTicket {
     done: Event,
-    readback: Readback,
+    draws: StepDraws,
 }
 
 /// One rank on one GPU.
@@ -55,7 +55,7 @@ pub struct CudaBackend {
     gate_up: Scratch,
     attention: Scratch,
     pub(super) vision_rope: Option<(HeadShape, DeviceBuffer)>,
-    pub(super) sampler: HostSampler,
+    pub(super) drawing: Drawing,
     pub(super) communicator: Communicator,
     /// `None` for a rank without peers.
     stage: Option<HostStage>,
@@ -112,7 +112,7 @@ impl CudaBackend {
             gate_up: Scratch::default(),
             attention: Scratch::default(),
             vision_rope: None,
-            sampler: HostSampler::default(),
+            drawing: Drawing::new(&gpu, &StepLimits::default(), 1)?,
             communicator: Communicator::single(),
             stage: None,
             graphs: Graphs::default(),
@@ -135,7 +135,8 @@ impl CudaBackend {
         (self.loader, self.slots) = (Loader::default(), Slots::default());
         self.uploaded = Uploaded::plan(&self.gpu, max)?;
         self.slots = Slots::plan(&self.gpu, slots)?;
-        (self.limits, self.sampler) = (*max, HostSampler::new(max));
+        self.limits = *max;
+        self.drawing = Drawing::new(&self.gpu, max, self.communicator.world_size())?;
         let residual_cols = |slot: &SlotSpec| {
             (slot.dtype == DType::F32 && slot.max_rows == max.max_tokens).then_some(slot.cols)
         };
@@ -148,7 +149,7 @@ impl CudaBackend {
         let scratch_bytes: usize = scratch.iter().map(|scratch| scratch.bytes()).sum();
         Ok(MemoryReport {
             activations_bytes: self.slots.bytes() + scratch_bytes as u64,
-            inputs_bytes: self.uploaded.bytes(),
+            inputs_bytes: self.uploaded.bytes() + self.drawing.bytes(),
         })
     }
 
@@ -170,7 +171,7 @@ impl CudaBackend {
     /// Becomes a rank of `communicator`: nothing of the epoch before is left but weights and slots.
     pub(super) fn join(&mut self, communicator: Communicator) -> Result<()> {
         self.graphs.clear();
-        self.sampler = HostSampler::new(&self.limits);
+        self.drawing.reset(&self.gpu, &self.limits, communicator.world_size())?;
         self.failed = None;
         self.stage = match communicator.world_size() {
             1 => None,
@@ -212,7 +213,7 @@ impl CudaBackend {
             Course::Eager => body(self),
             Course::Capture => self.capture(key, body),
             Course::Replay(step) => {
-                self.uploaded.check(&step.checks, |slot| self.sampler.is_held(slot))?;
+                self.uploaded.check(&step.checks, |slot| self.drawing.is_held(slot))?;
                 step.graph.launch(&self.gpu)
             }
         }
@@ -237,16 +238,16 @@ impl CudaBackend {
     }
 
     pub(super) fn submit_step(&mut self) -> Result<CudaTicket> {
-        let readback = self.sampler.take();
+        let draws = self.drawing.submit(&self.gpu)?;
         match self.failed.take() {
             Some(error) => Err(error),
-            None => Ok(CudaTicket { done: self.gpu.record()?, readback }),
+            None => Ok(CudaTicket { done: self.gpu.record()?, draws }),
         }
     }
 
     pub(super) fn wait_step(&mut self, ticket: CudaTicket, deadline: Instant) -> Result<Readback> {
         ticket.done.wait(deadline)?;
-        Ok(ticket.readback)
+        self.drawing.read(ticket.draws)
     }
 }
 

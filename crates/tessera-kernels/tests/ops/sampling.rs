@@ -15,6 +15,7 @@ backend_tests!(
     padding_is_never_drawn_and_never_counted,
     masks_and_penalties_apply,
     a_sampled_token_is_the_next_input_on_all_ranks,
+    steps_in_flight_keep_their_draws,
     scores_are_log_probabilities,
     an_impossible_draw_fails_on_every_rank,
 );
@@ -164,6 +165,38 @@ fn a_sampled_token_is_the_next_input_on_all_ranks<B: TestBackend>() {
     });
     let sum: Vec<f32> = sums[0].iter().zip(&sums[1]).map(|(a, b)| a + b).collect();
     assert_eq!(sum, table[77 * 32..78 * 32]);
+}
+
+/// Two steps are always on their way, more than once around every ring of buffers.
+fn steps_in_flight_keep_their_draws<B: TestBackend>() {
+    let token = |step: u32, slot: u32| (7 * step + 30 * slot) % REAL as u32;
+    for world_size in [1, 2] {
+        on_ranks(world_size, |communicator| {
+            let mut b = planned::<B>(limits());
+            let rank = communicator.rank().index();
+            b.set_communicator(Some(communicator)).unwrap();
+            [0, 1].into_iter().for_each(|slot| admit(&mut b, slot, &SamplingParams::default()));
+            let mut tickets = std::collections::VecDeque::new();
+            for step in 0..9 {
+                let mut logits = vec![0.0; 2 * VOCAB];
+                for slot in [0, 1] {
+                    logits[slot as usize * VOCAB + token(step, slot) as usize] = 9.0;
+                }
+                let local = shard(&logits, rank, world_size as usize);
+                let act = act(0, 2, local.len() / 2);
+                set(&mut b, act, &local);
+                b.sample(act, &[row(0), row(1)], &LateInputs::default()).unwrap();
+                tickets.push_back((step, b.submit().unwrap()));
+                let in_flight = if step == 8 { 0 } else { 2 };
+                while tickets.len() > in_flight {
+                    let (step, ticket) = tickets.pop_front().unwrap();
+                    let drawn = b.wait(ticket, soon()).unwrap().tokens;
+                    let drawn: Vec<u32> = drawn.iter().map(|drawn| drawn.token).collect();
+                    assert_eq!(drawn, [0, 1].map(|slot| token(step, slot)), "step {step}");
+                }
+            }
+        });
+    }
 }
 
 fn scores_are_log_probabilities<B: TestBackend>() {
