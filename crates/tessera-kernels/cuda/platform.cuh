@@ -17,7 +17,7 @@
 //   KERNEL, KERNEL_BOUNDS(name, max_threads, min_blocks), REGISTER, SHARED(type, name, count), DYNAMIC_SHARED(type, name)
 //   threadIdx, blockIdx, blockDim, gridDim, __syncthreads[_or, _and, _count], __syncwarp
 //   __shfl[_xor, _up, _down]_sync, __ballot_sync, __any_sync, __all_sync for values of at most 8 bytes
-//   atomicAdd, atomicMax, atomicMin, atomicCAS, atomicExch for int32_t, uint32_t, uint64_t; no float atomics: their order is free
+//   atomicAdd, atomicMax, atomicMin, atomicOr, atomicCAS, atomicExch for int32_t, uint32_t, uint64_t; no float atomics: their order is free
 //   __threadfence[_block, _system], __ldg, __popc, __clz, __ffs, __umulhi, __umul64hi, bit casts, min, max
 //   float2/4, int2/4, uint2/4 with make_*; bf16, to_float, to_bf16, from_float<T>, pack_bf16x2, bf16x2_low, bf16x2_high
 //   fma_rn, add_rn, mul_rn, sub_rn, div_rn, sqrt_rn (never contracted), rsqrt_rn, exp2_fast, and the C math library

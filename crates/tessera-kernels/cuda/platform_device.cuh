@@ -55,6 +55,9 @@ __device__ __forceinline__ uint64_t atomicMax(uint64_t* p, uint64_t v) {
 __device__ __forceinline__ uint64_t atomicMin(uint64_t* p, uint64_t v) {
     return atomicMin(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v));
 }
+__device__ __forceinline__ uint64_t atomicOr(uint64_t* p, uint64_t v) {
+    return atomicOr(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v));
+}
 __device__ __forceinline__ uint64_t atomicExch(uint64_t* p, uint64_t v) {
     return atomicExch(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v));
 }
