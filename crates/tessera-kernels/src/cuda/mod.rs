@@ -3,9 +3,10 @@
 //! Foundation: `library` (what the machine has), `device` (one GPU as one rank uses it), `memory`, `event`, `graph_capture`,
 //! `module` (the kernels and how one is launched).
 //!
-//! The backend: `rank` (its state, steps as a whole), `backend` (the operations), `slots`, `step` and `uploaded` (a step's
-//! inputs), `staging`, `scratch`, `linear` and `norm` (weights), `gemm` (products), `kv`, `graph` (captured steps),
-//! `collective`, `drawing` (on the device by `sampler`, else by `host_sampler`), `layer_counter`; `limits` measures a GPU; the launches of own kernels: `elements`, `attention`.
+//! The backend: `rank` (its state, steps as a whole), `backend` (the operations), `slots`, `step` and `uploaded` (a
+//! step's inputs), `staging`, `scratch`, `linear` and `norm` (weights), `gemm` (products), `kv`, `graph` (captured
+//! steps), `collective`, `drawing` (on the device by `sampler`, else by `host_sampler`), `layer_counter`; `limits`
+//! measures a GPU; the launches of own kernels: `elements`, `attention`.
 //!
 //! | what | [`CudaFormat::Bf16`](crate::CudaFormat) | [`CudaFormat::F32`](crate::CudaFormat) |
 //! |---|---|---|
