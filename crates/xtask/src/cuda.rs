@@ -23,7 +23,7 @@ const LINT: &[&str] = &[
 ];
 const KERNELS: &[&str] =
     &["test", "--locked", "-p", "tessera-kernels", "--features", "cuda", "--", "cuda"];
-/// One fixture; a GPU runs all (tests/gpu/run.sh).
+/// The vision tower of every fixture, and one model in f32 and BF16; a GPU runs all (tests/gpu/run.sh).
 const MODEL: &[&str] = &[
     "test",
     "--locked",
@@ -34,7 +34,8 @@ const MODEL: &[&str] = &[
     "--test",
     "cuda",
     "--",
-    "emulated",
+    "yarn",
+    "visual",
 ];
 const BUILD: &[&str] = &["build", "--locked", "-p", "tessera", "--features", "cuda"];
 const PROGRAM: &[&str] =
