@@ -61,3 +61,19 @@ fn another_encoder_takes_the_pictures() {
     wait::until("the encoder is restarted", || cluster.processes("encoder").len() == 2);
     assert_serves(&cluster.endpoints, "images");
 }
+
+/// A stopped encoder keeps its connections open; what it was to encode goes to the other one all the same.
+#[test]
+fn another_encoder_takes_the_pictures_of_a_frozen_one() {
+    let cluster = two_of_each();
+    let victim = cluster.processes("encoder").remove(0);
+    victim.signal(Signal::STOP);
+    for seed in 20..26 {
+        let picture = fixtures::bmp(84, 56, seed);
+        let prompt = chat::user(vec![chat::image_bytes(&picture), chat::text("What is this?")]);
+        let answer = cluster.grpc().answer(chat::request(prompt, chat::greedy(2)));
+        answer.unwrap_or_else(|status| panic!("picture {seed}: {status:?}"));
+    }
+    victim.signal(Signal::CONT);
+    assert_serves(&cluster.endpoints, "images");
+}

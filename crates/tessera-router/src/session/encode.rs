@@ -8,7 +8,7 @@ use tessera_proto::common::v1 as common;
 use tessera_proto::encoder::v1 as pb;
 use tessera_proto::encoder::v1::encoder_client::EncoderClient;
 use tessera_proto::{ErrorReason, MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES, hash_bytes, hash_from_bytes};
-use tessera_types::EmbeddingKey;
+use tessera_types::{EmbeddingKey, InstanceId};
 use tonic::{Code, Status};
 
 use crate::prepare::PreparedMedia;
@@ -17,6 +17,9 @@ use crate::upstream::{EncoderChoice, Upstream, reason_of};
 /// Items of at least this many bytes are first looked up in the encoder's cache, which saves sending
 /// them again.
 const LOOK_UP_BYTES: usize = 256 << 10;
+
+/// How often the judgement on an encoder at work is looked at.
+const LIFE_POLL: Duration = Duration::from_millis(250);
 
 /// What became of an item.
 #[derive(Debug)]
@@ -42,7 +45,8 @@ pub(super) struct EncodeFailure {
     pub(super) detail: String,
 }
 
-/// Sends the item and waits until the embedding can be pulled.
+/// Sends the item and waits until the embedding can be pulled, at most `timeout`, and only as long as the
+/// encoder gives signs of life.
 pub(super) async fn encode(
     upstream: Upstream,
     choice: EncoderChoice,
@@ -52,10 +56,14 @@ pub(super) async fn encode(
     timeout: Duration,
 ) -> Encoded {
     let begun = std::time::Instant::now();
-    let result = match tokio::time::timeout(timeout, call(&upstream, &choice, header, frames)).await
-    {
-        Ok(result) => result,
-        Err(_) => Err(Status::deadline_exceeded("the encoder did not answer in time")),
+    let result = tokio::select! {
+        result = call(&upstream, &choice, header, frames) => result,
+        () = tokio::time::sleep(timeout) => {
+            Err(Status::deadline_exceeded("the encoder did not answer in time"))
+        }
+        () = is_out(&upstream, choice.instance) => {
+            Err(Status::unavailable("the encoder is gone or gives no sign of life"))
+        }
     };
     let result = result.and_then(embedding).map_err(|status| {
         if speaks_against(&status) {
@@ -67,6 +75,13 @@ pub(super) async fn encode(
         upstream.call_ok(choice.instance);
     }
     Encoded { item, endpoint: choice.address.clone(), took: begun.elapsed(), result }
+}
+
+/// Returns once the encoder is judged out.
+async fn is_out(upstream: &Upstream, instance: InstanceId) {
+    while !upstream.encoder_is_out(instance) {
+        tokio::time::sleep(LIFE_POLL).await;
+    }
 }
 
 async fn call(

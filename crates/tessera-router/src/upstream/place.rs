@@ -124,6 +124,14 @@ impl Upstream {
         }
     }
 
+    /// Whether an encoder that works for us is not to be waited for: gone, silent or broken.
+    pub(crate) fn encoder_is_out(&self, instance: InstanceId) -> bool {
+        self.with_view(|view, now| {
+            let found = view.encoders(now).find(|encoder| encoder.member.instance == instance);
+            found.is_none_or(|encoder| encoder.verdict == Verdict::Out)
+        })
+    }
+
     /// The group for a request.
     ///
     /// # Errors
