@@ -41,6 +41,20 @@ const BUILD: &[&str] = &["build", "--locked", "-p", "tessera", "--features", "cu
 const PROGRAM: &[&str] =
     &["test", "--locked", "-p", "tessera-tests", "--features", "cuda", "--test", "cuda"];
 
+/// A whole cluster, two ranks on one GPU.
+const CLUSTER: &[&str] = &[
+    "test",
+    "--locked",
+    "-p",
+    "tessera-tests",
+    "--features",
+    "cuda",
+    "--test",
+    "gpu",
+    "--",
+    "two_ranks",
+];
+
 /// Runs all stages; whether all passed. Stops at the first that fails.
 pub fn run(root: &Path) -> bool {
     stage("cuda toolkit", || program(root, Path::new("deploy/cuda-toolkit.sh"), &[]))
@@ -50,7 +64,9 @@ pub fn run(root: &Path) -> bool {
         && stage("cuda clippy", || command(root, LINT))
         && stage("cuda kernels", || on_emulator(root, KERNELS))
         && stage("cuda model", || on_emulator(root, MODEL))
-        && stage("cuda program", || command(root, BUILD) && command(root, PROGRAM))
+        && stage("cuda program", || {
+            command(root, BUILD) && command(root, PROGRAM) && on_emulator(root, CLUSTER)
+        })
 }
 
 /// Runs cargo where the emulated driver is found first.
