@@ -12,10 +12,11 @@ pub struct LogNormalizer {
 }
 
 impl LogNormalizer {
-    /// Of `row` `[vocabulary]`, without NaN; barred tokens are −∞.
+    /// Of `row` `[vocabulary]`; barred tokens are −∞. A NaN anywhere makes every log probability one.
     pub fn of(row: &[f32]) -> Self {
         let max = max(row);
-        Self { max, ln_sum: ln(sum_exp(row, max)) }
+        let sum = sum_exp(row, max);
+        Self { max, ln_sum: if sum.is_nan() { sum } else { ln(sum) } }
     }
 
     /// Log probability of a token with this logit.
@@ -99,6 +100,14 @@ mod tests {
         assert_eq!(tokens(1), [2]);
         assert_eq!(tokens(3), [2, 4, 3]);
         assert_eq!(tokens(9), [2, 4, 3, 6, 0, 5], "a barred token is not listed");
+    }
+
+    #[test]
+    fn an_invalid_logit_makes_the_whole_row_invalid() {
+        let mut row = [1.0; 40];
+        row[7] = f32::NAN;
+        assert!(logprob(&row, 3).is_nan());
+        assert!(token_logprobs(&row, 3, 1).logprob.is_nan());
     }
 
     #[test]
