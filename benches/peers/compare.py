@@ -93,7 +93,8 @@ def transformers(part: str, paths: argparse.Namespace) -> Samples:
     report = json.loads(output(command + ["--steps", str(paths.steps), "--repeats", "1"]).splitlines()[-1])
     if part == "decode":
         return {f"decode {batch}": samples for batch, samples in report["decode_ms"].items()}
-    return {part: report[f"{part}_ms"]}
+    (samples,) = report[f"{part}_ms"].values()
+    return {part: samples}
 
 
 def pair(options: argparse.Namespace) -> None:

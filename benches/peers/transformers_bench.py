@@ -1,55 +1,89 @@
 #!/usr/bin/env python3
-"""Times Hugging Face transformers on the CPU: the shape of Qwen2.5-VL-3B, random BF16 weights, eager mode, SDPA.
+"""Times Hugging Face transformers: published shapes, random BF16 weights, eager mode, SDPA.
 
-    transformers_bench.py PART [--threads 2] [--batches 1,4,8,16] [--steps 16] [--repeats 2]
+    transformers_bench.py PART [--device cpu|cuda] [--threads 2] [--shapes 3b] [--batches 1,4,8,16] [--context 256]
+                          [--prefill 512] [--sides 72] [--steps 16] [--repeats 2]
 
-PART is `decode` (steps at context 256), `prefill` (512 tokens, logits of the last one), `vision` (one image of
-1008 x 1008 pixels, already cut into patches). Each runs untimed first, the tower on a smaller image. Prints one line
-of JSON with milliseconds.
+PART is `decode` (steps), `prefill` (logits of the last token), `vision` (images of so many patches along each side,
+already cut into patches) or `all`. A shape is 3b, 7b, 72b, or NAME/N for what one rank of a group of N holds, as a model of
+its own without sums over ranks; its tower is that of NAME. Each part runs untimed first. Prints one line of JSON per
+shape, with milliseconds.
 """
 
 import argparse
+import gc
 import json
 import time
 
 import torch
 import transformers
-from transformers import DynamicCache, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-CONTEXT, PREFILL = 256, 512
-GRID = 72  # 1008 pixels in patches of 14
 PATCH_VALUES = 3 * 2 * 14 * 14
+# hidden, layers, query heads, KV heads, intermediate, vocabulary, intermediate of the tower
+SHAPES = {
+    "3b": (2048, 36, 16, 2, 11008, 151936, 3420),
+    "7b": (3584, 28, 28, 4, 18944, 152064, 3420),
+    "72b": (8192, 80, 64, 8, 29568, 152064, 3456),
+}
 
 
-def config() -> Qwen2_5_VLConfig:
-    return Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 2048,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "intermediate_size": 11008,
-            "vocab_size": 151936,
-            "max_position_embeddings": 128000,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-            "use_sliding_window": False,
-            "bos_token_id": 151643,
-            "eos_token_id": 151645,
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 2048,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "window_size": 112,
-            "tokens_per_second": 2,
-        },
-        tie_word_embeddings=True,
+def text_config(shape: str) -> dict:
+    """The language model of a shape, divided among the ranks that it names."""
+    name, _, ranks = shape.partition("/")
+    hidden, layers, heads, kv_heads, intermediate, vocabulary, _ = SHAPES[name]
+    ranks = int(ranks or 1)
+    if kv_heads % ranks or intermediate % ranks or vocabulary % ranks:
+        raise SystemExit(f"{shape}: {ranks} ranks do not divide {name} evenly")
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads // ranks,
+        "num_key_value_heads": kv_heads // ranks,
+        "intermediate_size": intermediate // ranks,
+        "vocab_size": vocabulary // ranks,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def language_model(shape: str) -> PreTrainedModel:
+    text = text_config(shape)
+    if "/" in shape:
+        # A share has fewer heads than its width, which only the text model's configuration can say.
+        rope = {"rope_type": "default", "rope_theta": 1e6}
+        config = Qwen2Config(**text, head_dim=128, rope_parameters=rope, tie_word_embeddings=False)
+        return build(Qwen2ForCausalLM, config)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision_config(shape), tie_word_embeddings=shape == "3b"
     )
+    return build(Qwen2_5_VLForConditionalGeneration, config)
+
+
+def vision_config(shape: str) -> dict:
+    hidden, *_, intermediate = SHAPES[shape.partition("/")[0]]
+    return {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": intermediate,
+        "num_heads": 16,
+        "out_hidden_size": hidden,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "window_size": 112,
+        "tokens_per_second": 2,
+    }
 
 
 def build(kind: type[PreTrainedModel], shape) -> PreTrainedModel:
@@ -73,25 +107,29 @@ def build(kind: type[PreTrainedModel], shape) -> PreTrainedModel:
 
 
 def timed(body) -> float:
+    wait = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else lambda: None
+    wait()
     begin = time.perf_counter()
     body()
+    wait()
     return (time.perf_counter() - begin) * 1e3
 
 
 def tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 150000, shape)
+    return torch.randint(0, 1000, shape)
 
 
-def decode(model, batch: int, steps: int) -> float:
-    """Milliseconds per step of `batch` sequences, the mean over `steps`, from context 256 on."""
+def decode(model, batch: int, context: int, steps: int) -> float:
+    """Milliseconds per step of `batch` sequences, the mean over `steps`, from `context` on."""
     cache = DynamicCache(config=model.config.get_text_config())
     # One sequence is prefilled and repeated: the same cache as `batch` prefills, sooner.
-    model(input_ids=tokens(1, CONTEXT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=tokens(1, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(batch)
-    state = {"ids": tokens(batch, 1), "position": CONTEXT}
+    axes = (3,) if isinstance(model, Qwen2_5_VLForConditionalGeneration) else ()
+    state = {"ids": tokens(batch, 1), "position": context}
 
     def step() -> None:
-        position_ids = torch.full((3, batch, 1), state["position"])
+        position_ids = torch.full((*axes, batch, 1), state["position"])
         logits = model(
             input_ids=state["ids"], position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits
@@ -102,46 +140,68 @@ def decode(model, batch: int, steps: int) -> float:
     return timed(lambda: [step() for _ in range(steps)]) / steps
 
 
-def vision(repeats: int) -> list[float]:
+def prefill(model, length: int, repeats: int) -> list[float]:
+    """Milliseconds of a prompt, once untimed."""
+    prompt = tokens(1, length)
+    runs = [timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1)) for _ in range(repeats + 1)]
+    return runs[1:]
+
+
+def vision(shape: str, sides: list[int], repeats: int) -> dict[int, list[float]]:
     """Milliseconds per image, after a small one to warm up."""
-    tower = build(Qwen2_5_VisionTransformerPretrainedModel, config().vision_config)
+    config = Qwen2_5_VLConfig(vision_config=vision_config(shape)).vision_config
+    tower = build(Qwen2_5_VisionTransformerPretrainedModel, config)
 
     def encode(side: int) -> float:
         patches = torch.randn(side * side, PATCH_VALUES).to(torch.bfloat16)
         grid = torch.tensor([[1, side, side]])
         return timed(lambda: tower(patches, grid_thw=grid))
 
-    encode(GRID // 4)
-    return [encode(GRID) for _ in range(repeats)]
+    encode(18)
+    return {side: [encode(side) for _ in range(repeats)] for side in sides}
+
+
+def measure(options: argparse.Namespace, shape: str) -> dict:
+    report = {"torch": torch.__version__, "transformers": transformers.__version__, "shape": shape}
+    numbers = lambda text: [int(number) for number in text.split(",")]
+    everything = options.part == "all"
+    if everything or options.part == "vision":
+        report["vision_ms"] = vision(shape, numbers(options.sides), options.repeats)
+    if options.part != "vision":
+        model = language_model(shape)
+        if everything or options.part == "prefill":
+            lengths = numbers(options.prefill)
+            report["prefill_ms"] = {length: prefill(model, length, options.repeats) for length in lengths}
+        if everything or options.part == "decode":
+            report["decode_ms"] = {
+                batch: [decode(model, batch, options.context, options.steps) for _ in range(options.repeats)]
+                for batch in numbers(options.batches)
+            }
+    return report
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("part", choices=["decode", "prefill", "vision"])
+    arguments.add_argument("part", choices=["decode", "prefill", "vision", "all"])
+    arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--shapes", default="3b")
     arguments.add_argument("--batches", default="1,4,8,16")
+    arguments.add_argument("--context", type=int, default=256)
+    arguments.add_argument("--prefill", default="512")
+    arguments.add_argument("--sides", default="72", help="patches along each side: 72 for 1008 pixels")
     arguments.add_argument("--steps", type=int, default=16)
     arguments.add_argument("--repeats", type=int, default=2)
     options = arguments.parse_args()
-    torch.set_num_threads(options.threads)
-    report = {"torch": torch.__version__, "transformers": transformers.__version__}
-
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
+    torch.set_default_device(options.device)
     with torch.inference_mode():
-        if options.part == "vision":
-            report["vision_ms"] = vision(options.repeats)
-        else:
-            model = build(Qwen2_5_VLForConditionalGeneration, config())
-            if options.part == "prefill":
-                prompt = tokens(1, PREFILL)
-                run = lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-                run()
-                report["prefill_ms"] = [timed(run) for _ in range(options.repeats)]
-            else:
-                report["decode_ms"] = {
-                    batch: [decode(model, int(batch), options.steps) for _ in range(options.repeats)]
-                    for batch in options.batches.split(",")
-                }
-    print(json.dumps(report))
+        for shape in options.shapes.split(","):
+            print(json.dumps(measure(options, shape)), flush=True)
+            gc.collect()
+            if options.device != "cpu":
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -146,3 +146,25 @@ fn every_group_of_kernels_is_measured() {
         );
     }
 }
+
+/// On the CPU, since a test has no GPU: shapes and parts are the same.
+#[test]
+fn shares_of_ranks_and_the_tower_are_measured_one_after_the_other() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let json = directory.path().join("figures");
+    let arguments = "bench gpu --device cpu --shapes tiny/2,tiny --prefill 40 --decode 1,3 --context 32 \
+         --vision-shape tiny --images 56x84 --repeats 1 --json";
+    let arguments = arguments.split_whitespace().map(Into::into).chain([json.clone().into()]);
+    let output = roles::command(arguments.collect::<Vec<std::ffi::OsString>>()).output();
+    let output = output.expect("the program runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let weights = ["tiny-of-2", "tiny"].map(|part| {
+        let report = read(&json.join(format!("{part}.json")));
+        assert_eq!(number(&report, "/prefill/0/steps"), 1.0, "{part}");
+        assert_eq!(number(&report, "/decode/1/batch"), 3.0, "{part}");
+        number(&report, "/decode/0/bytes")
+    });
+    assert!((0.4..0.6).contains(&(weights[0] / weights[1])), "{weights:?}");
+    let tower = read(&json.join("tiny-tower.json"));
+    assert_eq!(number(&tower, "/vision/0/visual_tokens"), 6.0);
+}

@@ -65,8 +65,13 @@ stage "same bits in deterministic mode" tests same-bits
 stage "end to end" tests gpu --test-threads=1
 if [ -z "${SKIP_BENCH:-}" ]; then
     stage "kernels against their limits" tessera bench kernels --device cuda
-    stage "engine, 7B" tessera bench engine --device cuda --shape 7b \
-        --prefill 2048,8192 --decode 1,32 --token-budget 8192
+    stage "one rank of 72B, 7B, towers" tessera bench gpu
+    if "$python" -c 'import transformers' 2>/dev/null; then
+        stage "the same shapes in transformers" "$python" benches/peers/transformers_bench.py all --device cuda \
+            --shapes 72b/8,72b/4,7b --batches 1,32 --context 1024 --prefill 2048,8192 --sides 72,144
+    else
+        say "the same shapes in transformers: not measured, $python has no transformers"
+    fi
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -5,12 +5,13 @@
 //! bandwidth and arithmetic move within minutes on shared machines, so only adjacent pairs compare.
 //!
 //! Modules: [`engine`] (the real engine in this process), [`serve`] (a load generator), [`kernels`] (each
-//! operation alone), `shape` (published model
+//! operation alone), [`gpu`] (the shapes that decide on a GPU), `shape` (published model
 //! shapes), `work` (what a step has to read and multiply), `limits` (what the machine can do), `machine` (what it
 //! is), `stats`, `random` (seeded draws), `size`, `table`, [`error`].
 
 mod engine;
 pub mod error;
+mod gpu;
 mod kernels;
 mod limits;
 mod machine;
@@ -29,6 +30,7 @@ use serde::Serialize;
 
 use self::engine::EngineArgs;
 use self::error::BenchError;
+use self::gpu::GpuArgs;
 use self::kernels::KernelsArgs;
 use self::serve::ServeArgs;
 use crate::error::{Error, Result};
@@ -46,6 +48,8 @@ enum BenchCommand {
     Engine(EngineArgs),
     /// Run each operation of a backend alone and compare it with its roofline.
     Kernels(KernelsArgs),
+    /// Run the shapes that decide on a GPU, each beside the GPU's limits.
+    Gpu(GpuArgs),
     /// Put load on an OpenAI-compatible server, or on a Tessera router by gRPC.
     Serve(Box<ServeArgs>),
 }
@@ -54,6 +58,7 @@ enum BenchCommand {
 pub fn bench(args: &BenchArgs) -> Result<()> {
     match &args.command {
         BenchCommand::Engine(args) => engine::run(args),
+        BenchCommand::Gpu(args) => gpu::run(args),
         BenchCommand::Serve(args) => serve::run(args),
         BenchCommand::Kernels(args) => kernels::run(args),
     }

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use tessera_model::{ModelConfig, TextConfig, VisionConfig};
+use tessera_model::{ModelConfig, TextConfig, TpSplit, VisionConfig};
+use tessera_types::Rank;
 
 use crate::bench::error::BenchError;
 use crate::error::{Error, Result};
@@ -23,21 +24,22 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// `3b`, `7b`, `72b`, `tiny`, or the path of a `config.json` or of its directory. `layers` runs that many
-    /// layers of the language model instead of its own.
+    /// `3b`, `7b`, `72b`, `tiny`, or the path of a `config.json` or of its directory. A known name followed by
+    /// `/N` is what one rank of a group of N holds, as a model of its own without sums over ranks. `layers` runs
+    /// that many layers of the language model instead of its own.
     ///
     /// # Errors
-    /// An unknown name, a broken config by field.
+    /// An unknown name, a degree that the shape does not allow, a broken config by field.
     pub fn load(name: &str, layers: Option<usize>) -> Result<Self> {
-        let (mut config, directory) = match name {
-            "3b" => (published(2048, 36, [16, 2], 11008, 151_936, 3420), None),
-            "7b" => (published(3584, 28, [28, 4], 18944, 152_064, 3420), None),
-            "72b" => (published(8192, 80, [64, 8], 29568, 152_064, 3456), None),
-            "tiny" => (tiny(), None),
-            path => {
-                let (config, directory) = from_file(Path::new(path))?;
-                (config, Some(directory))
-            }
+        let (mut config, directory) = match known(name) {
+            Some(config) => (config, None),
+            None => match name.rsplit_once('/').and_then(|(name, tp)| Some((known(name)?, tp))) {
+                Some((whole, tp)) => (share(whole, tp)?, None),
+                None => {
+                    let (config, directory) = from_file(Path::new(name))?;
+                    (config, Some(directory))
+                }
+            },
         };
         let published_layers = layers.map(|_| config.text.num_layers);
         if let Some(layers) = layers {
@@ -58,6 +60,29 @@ impl Shape {
             None => format!("{}, all {layers} layers", self.name),
         }
     }
+}
+
+/// The shapes that have names.
+fn known(name: &str) -> Option<ModelConfig> {
+    Some(match name {
+        "3b" => published(2048, 36, [16, 2], 11008, 151_936, 3420),
+        "7b" => published(3584, 28, [28, 4], 18944, 152_064, 3420),
+        "72b" => published(8192, 80, [64, 8], 29568, 152_064, 3456),
+        "tiny" => tiny(),
+        _ => return None,
+    })
+}
+
+/// What the first rank of a group of `tp` holds, padding included. The tower is nobody's share.
+fn share(mut config: ModelConfig, tp: &str) -> Result<ModelConfig> {
+    let wrong = |reason: String| Error::Flag { flag: "--shape", reason };
+    let degree = tp.parse().map_err(|_| wrong(format!("{tp:?} is no tensor-parallel degree")))?;
+    let split = TpSplit::new(&config.text, Rank(0), degree).map_err(|e| wrong(e.to_string()))?;
+    config.text.num_heads = split.query_heads.padded;
+    config.text.num_kv_heads = split.kv_heads.len();
+    config.text.intermediate_size = split.mlp.padded;
+    config.text.vocab_size = split.vocab.padded;
+    Ok(config)
 }
 
 fn from_file(path: &Path) -> Result<(ModelConfig, PathBuf)> {
@@ -173,6 +198,22 @@ mod tests {
                 shape.config.text.head_dim * shape.config.text.num_heads,
                 shape.config.text.hidden_size
             );
+        }
+    }
+
+    #[test]
+    fn shares_of_all_ranks_make_the_whole() {
+        let text = |name: &str| Shape::load(name, None).expect("a known shape").config.text;
+        let (whole, share) = (text("72b"), text("72b/8"));
+        assert_eq!((share.num_heads, share.num_kv_heads, share.head_dim), (8, 1, 128));
+        assert_eq!((share.hidden_size, share.num_layers), (8192, 80));
+        assert_eq!(8 * share.intermediate_size, whole.intermediate_size);
+        assert_eq!(8 * share.vocab_size, whole.vocab_size);
+        // More ranks than KV heads: each has one, and query heads are padded.
+        assert_eq!((text("7b/8").num_heads, text("7b/8").num_kv_heads), (4, 1));
+        for name in ["72b/3", "72b/x", "72b/0"] {
+            let error = Shape::load(name, None).expect_err(name);
+            assert!(error.to_string().starts_with("--shape"), "{name}: {error}");
         }
     }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, FromArgMatches};
 use serde::Serialize;
 use tessera_kernels::{DType, Device};
 use tessera_model::WeightSource;
@@ -22,7 +22,7 @@ pub const SETTLE_TOKENS: u32 = 2;
 /// and 16.
 #[derive(Debug, Clone, Args)]
 pub struct EngineArgs {
-    /// 3b, 7b, 72b, tiny, or the path of a config.json.
+    /// 3b, 7b, 72b, tiny, or the path of a config.json; 72b/8 is the share of one rank at TP 8, without the sums.
     #[arg(long, default_value = "3b", value_name = "SHAPE")]
     shape: String,
     /// Layers of the language model to run instead of all, so that a sample of a large shape fits.
@@ -124,6 +124,17 @@ fn wrong(flag: &'static str, reason: impl Into<String>) -> Error {
 }
 
 impl EngineArgs {
+    /// What these words say on a command line.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn of_words(words: impl IntoIterator<Item = String>) -> Result<Self> {
+        let wrong = |error: clap::Error| Error::Flag { flag: "bench", reason: error.to_string() };
+        let command = Self::augment_args(clap::Command::new("bench").no_binary_name(true));
+        let matches = command.try_get_matches_from(words).map_err(wrong)?;
+        Self::from_arg_matches(&matches).map_err(wrong)
+    }
+
     /// Checks the flags against each other and fills in what depends on the machine.
     ///
     /// # Errors
