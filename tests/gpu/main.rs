@@ -1,6 +1,7 @@
 //! Whole clusters on a GPU: greedy tokens equal the golden ones, for text, images and videos given as frames, over both
 //! faces. `tests/gpu/run.sh` runs them where there is a GPU; they also pass, slowly, on an emulated one.
 
+use serde_json::json;
 use tessera_tests::chat;
 use tessera_tests::cluster::{Cluster, UpOptions};
 use tessera_tests::golden::{CASES, Golden};
@@ -21,6 +22,20 @@ fn check(options: &UpOptions, model: &str, cases: &[&str]) {
 fn one_rank_gives_the_golden_tokens() {
     let options = UpOptions { device: "cuda-f32:0", ..UpOptions::new("tiny", 1) };
     check(&options, "tiny", &CASES);
+}
+
+/// Three choices decode together, in captured steps that are rounded up to four sequences.
+#[test]
+fn choices_beside_each_other_give_the_golden_tokens() {
+    let options = UpOptions { device: "cuda-f32:0", ..UpOptions::new("tiny", 1) };
+    let cluster = Cluster::up(&options);
+    let golden = Golden::load("tiny", "text");
+    let answer = cluster.http().chat(&chat::with(golden.http_body(), json!({"n": 3}))).ok();
+    let choices = answer["choices"].as_array().expect("a list");
+    assert_eq!(choices.len(), 3, "{answer}");
+    for choice in choices {
+        assert_eq!(chat::ids(choice, "token_ids"), golden.greedy_tokens);
+    }
 }
 
 #[test]

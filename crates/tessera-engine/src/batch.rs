@@ -59,6 +59,27 @@ impl StepBatch {
         }
     }
 
+    /// Rounds a step that only decodes up to the next of `buckets`, ascending and at most `most`, with sequences
+    /// of no tokens and rows that nothing is drawn from.
+    pub fn round_up(&mut self, buckets: &[u32], most: u32) {
+        let key = self.graph_key();
+        let bucket = buckets.iter().copied().find(|&bucket| bucket >= key.seqs);
+        let Some(bucket) = bucket.filter(|&bucket| {
+            key.kind == StepKind::Decode && (key.seqs..=most).contains(&bucket) && key.seqs > 0
+        }) else {
+            return;
+        };
+        let (seqs, inputs) = (bucket as usize, &mut self.inputs);
+        inputs.token_source.resize(seqs, TokenSource::Host(0));
+        inputs.positions.resize(seqs, [0; 3]);
+        inputs.visual_row.resize(seqs, -1);
+        inputs.slot_mapping.resize(seqs, -1);
+        inputs.cu_q.resize(seqs + 1, key.tokens);
+        inputs.kv_len.resize(seqs, 0);
+        inputs.block_tables.resize(seqs * inputs.block_table_stride as usize, 0);
+        inputs.logit_rows.extend(key.rows..bucket);
+    }
+
     /// Tokens T of the step.
     pub fn num_tokens(&self) -> u32 {
         self.inputs.token_source.len() as u32
@@ -67,7 +88,7 @@ impl StepBatch {
     /// The step's shape.
     pub fn graph_key(&self) -> GraphKey {
         let (tokens, seqs) = (self.num_tokens(), self.inputs.kv_len.len() as u32);
-        let rows = self.rows.len() as u32;
+        let rows = self.inputs.logit_rows.len() as u32;
         let is_decode = tokens == seqs && rows == seqs;
         let kind = if is_decode { StepKind::Decode } else { StepKind::Mixed };
         GraphKey { tokens, seqs, rows, kind }
@@ -299,6 +320,37 @@ mod tests {
         assert_eq!(batch.inputs.token_source, [TokenSource::LastSampled(SequenceSlot(0))]);
         assert_eq!((batch.rows[0].output_index, batch.inputs.kv_len[0]), (3, 10));
         assert_eq!(batch.graph_key().kind, StepKind::Decode);
+    }
+
+    #[test]
+    fn a_step_of_decode_is_rounded_up_with_what_has_no_effect() {
+        let first = StepPlan {
+            admitted: vec![admitted(0, vec![50, 51])],
+            scheduled: vec![scheduled(0, 9, &[0, 1, 2], true)],
+            ..StepPlan::default()
+        };
+        let decode =
+            StepPlan { scheduled: vec![scheduled(0, 1, &[], true)], ..StepPlan::default() };
+        let mut batch = run(vec![first.clone(), decode]);
+        let (plain, rows) = (batch.inputs.clone(), batch.rows.clone());
+        batch.round_up(&[2, 3], 1);
+        batch.round_up(&[], 8);
+        assert_eq!(batch.inputs, plain, "no bucket fits");
+        batch.round_up(&[3, 8], 8);
+        let key = GraphKey { tokens: 3, seqs: 3, rows: 3, kind: StepKind::Decode };
+        assert_eq!(batch.graph_key(), key);
+        let inputs = &batch.inputs;
+        assert_eq!(
+            (&inputs.slot_mapping[1..], &inputs.kv_len[..]),
+            (&[-1, -1][..], &[10, 0, 0][..])
+        );
+        assert_eq!((&inputs.cu_q[..], &inputs.logit_rows[..]), (&[0, 1, 1, 1][..], &[0, 1, 2][..]));
+        assert_eq!(inputs.block_tables.len(), 3 * inputs.block_table_stride as usize);
+        assert_eq!(batch.rows, rows, "nothing more is drawn");
+        let mut prefill = run(vec![first]);
+        let plain = prefill.inputs.clone();
+        prefill.round_up(&[16], 16);
+        assert_eq!(prefill.inputs, plain);
     }
 
     #[test]

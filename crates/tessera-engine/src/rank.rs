@@ -211,6 +211,8 @@ impl<B: Backend> RankWorker<B> {
             })?;
         }
         self.batch.build(&epoch.table, plan, self.block_size);
+        let most = self.limits.max_sequences.min(self.limits.max_tokens);
+        self.batch.round_up(&self.backend.caps().decode_buckets, most);
         if self.batch.num_tokens() > 0 {
             self.run_batch()?;
         }

@@ -135,6 +135,9 @@ pub struct Caps {
     pub kv_dtype: DType,
     /// Tokens per KV block that the backend accepts; empty accepts any.
     pub block_sizes: Vec<u32>,
+    /// Numbers of sequences, ascending, that a step which only decodes is rounded up to, so that a captured graph
+    /// serves several; larger steps run as they are. Empty where nothing is captured.
+    pub decode_buckets: Vec<u32>,
     /// Hash of all that may change bits, except TP degree and weights, which the model mixes in.
     pub numerics_id: NumericsId,
 }

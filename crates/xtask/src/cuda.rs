@@ -41,7 +41,7 @@ const BUILD: &[&str] = &["build", "--locked", "-p", "tessera", "--features", "cu
 const PROGRAM: &[&str] =
     &["test", "--locked", "-p", "tessera-tests", "--features", "cuda", "--test", "cuda"];
 
-/// A whole cluster, two ranks on one GPU.
+/// Whole clusters: two ranks on one GPU, and one rank with captured steps.
 const CLUSTER: &[&str] = &[
     "test",
     "--locked",
@@ -53,6 +53,7 @@ const CLUSTER: &[&str] = &[
     "gpu",
     "--",
     "two_ranks",
+    "choices",
 ];
 
 /// Runs all stages; whether all passed. Stops at the first that fails.

@@ -109,6 +109,7 @@ impl CpuBackend {
             activation_dtype: DType::F32,
             kv_dtype: dtype,
             block_sizes: Vec::new(),
+            decode_buckets: Vec::new(),
             numerics_id: numerics_id(path, dtype),
         };
         Ok(Self {

@@ -31,6 +31,9 @@ use crate::reference::expect;
 
 /// Pinned memory for rows that the host writes and reads: two buffers of this size.
 const STAGING_BYTES: usize = 8 << 20;
+/// Few enough to be captured soon, close enough to waste little.
+const DECODE_BUCKETS: [u32; 16] = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256];
+
 /// A submitted step.
 #[derive(Debug)]
 pub struct CudaTicket {
@@ -95,6 +98,7 @@ impl CudaBackend {
             activation_dtype: dtype,
             kv_dtype: dtype,
             block_sizes: Vec::new(),
+            decode_buckets: DECODE_BUCKETS.to_vec(),
             numerics_id: numerics_id(&gpu, dtype, options.deterministic)?,
         };
         let layers = Arc::new(LayerCounter::new(&gpu)?);

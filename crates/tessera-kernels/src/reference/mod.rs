@@ -60,6 +60,7 @@ impl ReferenceBackend {
             activation_dtype: DType::F32,
             kv_dtype: DType::F32,
             block_sizes: Vec::new(),
+            decode_buckets: Vec::new(),
             numerics_id: numerics::numerics_id(),
         };
         Self { caps, host: HostState::new(NAME) }
